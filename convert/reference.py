@@ -1,0 +1,222 @@
+"""The Duo model in plain PyTorch: the readable definition that every other implementation is tested against.
+
+A decoder like Llama's in which each layer has two separate FFNs side by side, *big* and *small* (Duo-LLM, section
+"Model": "attention is shared"). For every token and layer a route says which of them the token meets: ``SKIP`` (0),
+``SMALL`` (1) or ``BIG`` (2). The state dict uses the canonical names: Hugging Face Llama's, with
+``model.layers.N.mlp.big.*`` and ``model.layers.N.mlp.small.*``.
+
+There is no KV cache, no kernel and no strategy here; a token's FFN runs on exactly the tokens that are routed to it.
+"""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SKIP, SMALL, BIG = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class DuoConfig:
+    """Sizes of a Duo model; the keys are Hugging Face Llama's plus ``small_intermediate_size`` and ``skip_scope``."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int  # big's inner width
+    small_intermediate_size: int
+    num_attention_heads: int
+    vocab_size: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_traditional: bool = False
+    rope_scaling: dict[str, Any] | None = None
+    max_position_embeddings: int | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = True
+    skip_scope: str = "ffn"  # what SKIP bypasses: "ffn", or "layer" (attention too; keys and values stay)
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Self:
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in config.items() if key in known})
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        return cls.from_dict(json.loads(path.read_text()))
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_frequencies(config: DuoConfig) -> Tensor:
+    """Angle per position of each pair of a head's channels, ``[head_width / 2]``; plain, linear or Llama 3 scaling."""
+    width = config.head_width
+    frequencies = config.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+    scaling = config.rope_scaling or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return frequencies
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    if kind != "llama3":
+        raise ValueError(f"rope_scaling type {kind!r} is not in the reference; it knows default, linear and llama3")
+    low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
+    turns = scaling.get("original_max_position_embeddings", 8192) * frequencies / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: few turns, fully scaled; 1: many turns, left alone
+    return frequencies * (smooth + (1 - smooth) / scaling["factor"])
+
+
+def rotate(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    """Rotary position embedding of ``x [batch, heads, tokens, head_width]`` by ``angles [tokens, head_width / 2]``."""
+    cos, sin = angles.cos(), angles.sin()
+    if interleaved:  # pairs are neighbours: (0, 1), (2, 3) ...
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)  # pairs are half a head apart: Hugging Face's layout
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DuoConfig):
+        super().__init__()
+        self.config = config
+        queries, keys = config.num_attention_heads * config.head_width, config.kv_heads * config.head_width
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.config.head_width)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = rotate(q, angles, self.config.rope_traditional)
+        k = rotate(k, angles, self.config.rope_traditional)
+        groups = self.config.num_attention_heads // self.config.kv_heads
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(mixed.transpose(1, 2).flatten(-2))
+
+
+class FFN(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, width: int, inner: int, bias: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DuoFFN(nn.Module):
+    """A big and a small FFN side by side; each runs on the tokens routed to it, skipped tokens get zeros."""
+
+    def __init__(self, config: DuoConfig):
+        super().__init__()
+        self.big = FFN(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.small = FFN(config.hidden_size, config.small_intermediate_size, config.mlp_bias)
+
+    def forward(self, x: Tensor, routes: Tensor) -> Tensor:
+        """``x [batch, tokens, hidden]``, ``routes [batch, tokens]`` -> ``[batch, tokens, hidden]``."""
+        flat, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+        for route, module in ((BIG, self.big), (SMALL, self.small)):
+            index = (routes.flatten() == route).nonzero().squeeze(-1)
+            if index.numel():
+                out = out.index_copy(0, index, module(flat.index_select(0, index)))
+        return out.view_as(x)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: DuoConfig, dropout: float):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = DuoFFN(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.skips_attention = config.skip_scope == "layer"
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, angles: Tensor, routes: Tensor) -> Tensor:
+        attended = F.dropout(self.self_attn(self.input_layernorm(x), angles), self.dropout, self.training)
+        if self.skips_attention:  # the skipped token's keys and values were still there for later tokens
+            attended = torch.where((routes == SKIP).unsqueeze(-1), torch.zeros_like(attended), attended)
+        x = x + attended
+        return x + F.dropout(self.mlp(self.post_attention_layernorm(x), routes), self.dropout, self.training)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DuoConfig, dropout: float):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, dropout) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class DuoModel(nn.Module):
+    """The whole model; ``dropout`` acts on the residual branches and only while training."""
+
+    def __init__(self, config: DuoConfig, dropout: float = 0.0):
+        super().__init__()
+        if config.skip_scope not in ("ffn", "layer"):
+            raise ValueError(f"skip_scope is {config.skip_scope!r}; it must be 'ffn' or 'layer'")
+        self.config = config
+        self.model = Decoder(config, dropout)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+
+    def initialise(self, std: float = 0.02) -> None:
+        """Normal weights, biases zero, projections into the residual stream scaled by 1 / sqrt(2 layers)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                scale = (2 * self.config.num_hidden_layers) ** -0.5 if into_residual else 1.0
+                nn.init.normal_(parameter, std=std * scale)
+
+    def forward(self, tokens: Tensor, routes: Tensor) -> Tensor:
+        """Logits ``[batch, tokens, vocab]`` of ``tokens [batch, tokens]``.
+
+        ``routes`` holds SKIP, SMALL or BIG: ``[layers]``, one pattern for all tokens, or ``[batch, tokens, layers]``.
+        """
+        layers = self.config.num_hidden_layers
+        if routes.shape not in ((layers,), (*tokens.shape, layers)):
+            raise ValueError(f"routes {tuple(routes.shape)} fit neither [{layers}] nor [batch, tokens, {layers}]")
+        routes = routes.expand(*tokens.shape, layers)
+        positions = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
+        angles = positions[:, None] * self.frequencies
+        x = self.model.embed_tokens(tokens)
+        for index, layer in enumerate(self.model.layers):
+            x = layer(x, angles, routes[..., index])
+        x = self.model.norm(x)
+        if self.config.tie_word_embeddings:
+            return F.linear(x, self.model.embed_tokens.weight)
+        return self.lm_head(x)

@@ -1,0 +1,264 @@
+"""Stage 1 of Duo-LLM in PyTorch: train a Duo model on text files with random routing.
+
+In every layer each token is sent to the big FFN, the small FFN or past both, at random with the given probabilities
+(Duo-LLM, section "Stage 1"; the paper draws big and small with 0.5 each and never skips). No router is trained here.
+Two options go beyond the paper: ``--p-skip`` (so that skipping works afterwards) and ``--whole-big``, the share of
+sequences that take big everywhere (so that the all-big model is trained as a whole, too).
+
+The output directory is what ``duo-mlx convert`` reads: config.json, pytorch_model.bin, tokenizer.model. Beside them
+lie log.csv, training.json (the recipe and the final losses) and checkpoint.pt, from which ``--resume`` continues bit
+for bit: windows, routes and dropout of a step depend on the seed and the step's number alone.
+
+    python examples/train_pytorch.py TEXT... --out runs/duo
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from duo_mlx.convert.reference import BIG, SKIP, SMALL, DuoConfig, DuoModel
+
+LOG_COLUMNS = ["step", "tokens", "lr", "train_loss", "big", "random", "small", "skip", "tokens_per_s"]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a Duo model with random routing (PyTorch).")
+    parser.add_argument("text", nargs="+", type=Path, help="UTF-8 text files")
+    parser.add_argument("--out", type=Path, required=True, help="output directory")
+    parser.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt")
+    parser.add_argument("--held-out", type=float, default=0.05, help="share at the end of every file for validation")
+    model = parser.add_argument_group("model")
+    model.add_argument("--vocab", type=int, default=4096)
+    model.add_argument("--layers", type=int, default=12)
+    model.add_argument("--hidden", type=int, default=128)
+    model.add_argument("--heads", type=int, default=4)
+    model.add_argument("--kv-heads", type=int, default=2)
+    model.add_argument("--big", type=int, default=896, help="inner width of the big FFN")
+    model.add_argument("--small", type=int, default=56, help="inner width of the small FFN")
+    model.add_argument("--skip-scope", choices=["ffn", "layer"], default="ffn")
+    routing = parser.add_argument_group("random routing")
+    routing.add_argument("--p-big", type=float, default=0.5)
+    routing.add_argument("--p-small", type=float, default=0.4)
+    routing.add_argument("--p-skip", type=float, default=0.1)
+    routing.add_argument("--whole-big", type=float, default=0.0, help="share of sequences that take big everywhere")
+    training = parser.add_argument_group("training")
+    training.add_argument("--tokens", type=int, default=10_000_000, help="training tokens in all")
+    training.add_argument("--batch", type=int, default=8, help="sequences a step")
+    training.add_argument("--length", type=int, default=512, help="tokens a sequence; also the model's context")
+    training.add_argument("--lr", type=float, default=2e-3)
+    training.add_argument("--final-lr", type=float, default=0.02, help="end of the cosine, as a share of --lr")
+    training.add_argument("--warmup", type=int, default=200, help="steps")
+    training.add_argument("--weight-decay", type=float, default=0.1)
+    training.add_argument("--dropout", type=float, default=0.1)
+    training.add_argument("--clip", type=float, default=1.0)
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--eval-every", type=int, default=500, help="steps between validations and checkpoints")
+    training.add_argument("--eval-windows", type=int, default=24, help="validation windows while training (all at the end)")
+    training.add_argument("--stop-at", type=int, help="save a checkpoint at this step and stop")
+    args = parser.parse_args()
+    if not math.isclose(args.p_big + args.p_small + args.p_skip, 1.0, abs_tol=1e-6):
+        parser.error(f"--p-big, --p-small and --p-skip sum to {args.p_big + args.p_small + args.p_skip:g}, not to 1")
+    for path in args.text:
+        if not path.is_file():
+            parser.error(f"{path}: no such text file")
+    if args.resume != (args.out / "checkpoint.pt").exists():
+        found = "holds no checkpoint.pt to resume" if args.resume else "holds a checkpoint.pt: give --resume or another --out"
+        parser.error(f"{args.out} {found}")
+    return args
+
+
+def split(path: Path, held_out: float) -> tuple[str, str]:
+    """A file's training text and, from its end, its validation text."""
+    text = path.read_text(encoding="utf-8")
+    cut = round(len(text) * (1 - held_out))
+    return text[:cut], text[cut:]
+
+
+def tokenizer_for(texts: list[str], out: Path, vocab: int) -> sentencepiece.SentencePieceProcessor:
+    """Train OUT/tokenizer.model on the training text unless it is there already."""
+    model = out / "tokenizer.model"
+    if not model.exists():
+        with open(model.with_suffix(".tmp"), "wb") as writer:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(line for text in texts for paragraph in text.split("\n\n") if (line := " ".join(paragraph.split()))),
+                model_writer=writer,
+                vocab_size=vocab,
+                model_type="bpe",
+                byte_fallback=True,
+                character_coverage=1.0,
+                max_sentence_length=1 << 16,
+                minloglevel=2,
+            )
+        os.replace(model.with_suffix(".tmp"), model)
+    return sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+
+def windows_of(texts: list[str], tokenizer: sentencepiece.SentencePieceProcessor, length: int) -> Tensor:
+    """Validation windows ``[windows, length + 1]``, one after the other through each text."""
+    streams = [torch.tensor(tokenizer.encode(text)) for text in texts]
+    return torch.cat([stream.unfold(0, length + 1, length) for stream in streams if len(stream) > length])
+
+
+def draw_routes(shape: tuple[int, ...], p_big: float, p_small: float, generator: torch.Generator) -> Tensor:
+    draw = torch.rand(shape, generator=generator)
+    return torch.where(draw < p_big, BIG, torch.where(draw < p_big + p_small, SMALL, SKIP))
+
+
+def cross_entropy(model: DuoModel, windows: Tensor, routes: Tensor) -> Tensor:
+    """Mean next-token loss in nats over ``windows [batch, length + 1]``."""
+    logits = model(windows[:, :-1], routes)
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def validate(model: DuoModel, windows: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """Validation loss (nats a token) for all-big, random, all-small and all-skip routes."""
+    model.eval()
+    layers, losses = model.config.num_hidden_layers, {}
+    generator = torch.Generator().manual_seed(args.seed)
+    for name, fixed in (("big", BIG), ("random", None), ("small", SMALL), ("skip", SKIP)):
+        total = 0.0
+        for batch in windows.split(8):
+            shape = (len(batch), batch.shape[1] - 1, layers)
+            random = draw_routes(shape, args.p_big, args.p_small, generator)
+            routes = random if fixed is None else torch.full((layers,), fixed)
+            total += cross_entropy(model, batch, routes).item() * len(batch)
+        losses[name] = total / len(windows)
+    model.train()
+    return losses
+
+
+def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then a cosine down to ``final_lr`` of the peak."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(1, steps - args.warmup)
+    return args.lr * (args.final_lr + (1 - args.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def training_step(model: DuoModel, optimizer: torch.optim.Optimizer, stream: Tensor, step: int, args: argparse.Namespace) -> float:
+    """One step of AdamW on windows and routes that depend on the seed and ``step`` alone."""
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
+    starts = torch.randint(len(stream) - args.length, (args.batch,), generator=generator)
+    windows = torch.stack([stream[start : start + args.length + 1] for start in starts])
+    routes = draw_routes((args.batch, args.length, model.config.num_hidden_layers), args.p_big, args.p_small, generator)
+    whole_big = torch.rand(args.batch, generator=generator) < args.whole_big
+    routes[whole_big] = BIG
+    loss = cross_entropy(model, windows, routes)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    optimizer.step()
+    return loss.item()
+
+
+def save(path: Path, value: object) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(value, temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def build(args: argparse.Namespace, vocab: int) -> tuple[DuoModel, torch.optim.Optimizer]:
+    config = {
+        "model_type": "duo",
+        "hidden_size": args.hidden,
+        "num_hidden_layers": args.layers,
+        "intermediate_size": args.big,
+        "small_intermediate_size": args.small,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv_heads,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": args.length,
+        "vocab_size": vocab,
+        "tie_word_embeddings": True,
+        "skip_scope": args.skip_scope,
+        "default_route": "big",
+    }
+    write_json(args.out / "config.json", config)
+    torch.manual_seed(args.seed)
+    model = DuoModel(DuoConfig.from_dict(config), dropout=args.dropout)
+    model.initialise()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return model, torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+
+
+def main() -> None:
+    args = parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    train_texts, held_out_texts = zip(*(split(path, args.held_out) for path in args.text), strict=True)
+    tokenizer = tokenizer_for(list(train_texts), args.out, args.vocab)
+    stream = torch.cat([torch.tensor(tokenizer.encode(text)) for text in train_texts])
+    windows = windows_of(list(held_out_texts), tokenizer, args.length)
+    model, optimizer = build(args, tokenizer.vocab_size())
+    steps, start = math.ceil(args.tokens / (args.batch * args.length)), 0
+    if args.resume:
+        checkpoint = torch.load(args.out / "checkpoint.pt", weights_only=True)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"{parameters:,} parameters; {len(stream):,} training tokens, {windows[:, 1:].numel():,} held out; {steps:,} steps")
+
+    stop = min(steps, args.stop_at or steps)
+    spread = torch.linspace(0, len(windows) - 1, min(args.eval_windows, len(windows))).long()
+    losses: list[float] = []
+    with (
+        open(args.out / "log.csv", "a" if args.resume else "w", newline="") as file,
+        Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"), console=console) as progress,
+    ):
+        log = csv.DictWriter(file, LOG_COLUMNS)
+        if not args.resume:
+            log.writeheader()
+        task = progress.add_task("", total=steps, completed=start)
+        since = time.perf_counter()
+        for step in range(start, stop):
+            lr = learning_rate(step, steps, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            losses.append(training_step(model, optimizer, stream, step, args))
+            done = step + 1
+            progress.update(task, completed=done, description=f"loss {losses[-1]:.3f}")
+            if done % args.eval_every == 0 or done == stop:
+                speed = len(losses) * args.batch * args.length / (time.perf_counter() - since)
+                held_out = validate(model, windows[spread], args)
+                save(args.out / "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done})
+                row = {"step": done, "tokens": done * args.batch * args.length, "lr": f"{lr:.3g}", "train_loss": sum(losses) / len(losses)}
+                row |= held_out | {"tokens_per_s": round(speed)}
+                log.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
+                file.flush()
+                console.print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+                losses, since = [], time.perf_counter()
+    if stop < steps:
+        console.print(f"stopped at step {stop} of {steps}; continue with --resume")
+        return
+    final = validate(model, windows, args)
+    save(args.out / "pytorch_model.bin", model.state_dict())
+    recipe = vars(args) | {"text": [path.name for path in args.text], "out": None}
+    write_json(args.out / "training.json", {"recipe": recipe, "parameters": parameters, "steps": steps, "validation_nats_per_token": final})
+    console.print("validation, nats a token: " + ", ".join(f"all-{name} {loss:.4f}".replace("all-random", "random") for name, loss in final.items()))
+    console.print(f"wrote {args.out}; next: duo-mlx convert {args.out} MODEL")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
