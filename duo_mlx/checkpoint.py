@@ -1,0 +1,163 @@
+"""Model directories: load one (a path, a hub id or the embedded model) and write one.
+
+A model directory is what mlx-lm expects (config.json, model*.safetensors, tokenizer files) plus a ``model_file``, three
+lines that hand stock mlx-lm the architecture from this package. `load` never runs that file nor any other code from a
+model directory.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from mlx.utils import tree_flatten
+from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+from safetensors import SafetensorError, safe_open
+
+from duo_mlx.errors import DuoError
+from duo_mlx.model import Model, ModelArgs
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+MODEL_FILE = "duo_model.py"
+MODEL_FILE_TEXT = '''"""Lets stock mlx-lm load this directory (trust_remote_code); needs the package duo-mlx."""
+
+from duo_mlx.model import Model, ModelArgs
+
+__all__ = ["Model", "ModelArgs"]
+'''
+
+HUB_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja", "*.txt"]
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | None = None,
+    lazy: bool = False,
+) -> tuple[Model, TokenizerWrapper]:
+    """Load a Duo model and its tokenizer.
+
+    Args:
+        path: a model directory or a Hugging Face hub id; None: the embedded model.
+        revision: branch, tag or commit of a hub id.
+        dtype: of the floating-point weights. None: as stored, but float32 on the CPU, where MLX computes nothing
+            else at speed.
+        lazy: leave each weight unread until it is used.
+
+    Raises:
+        DuoError: there is no such model, it is no Duo model, or its files are damaged.
+    """
+    directory = resolve(path, revision)
+    config = read_config(directory)
+    files = sorted(directory.glob("model*.safetensors"))
+    if not files:
+        raise DuoError(f"{directory}: holds no model*.safetensors, so it is no model directory")
+    for file in files:
+        _check_safetensors(file)
+    try:
+        # the empty model_file is what keeps mlx-lm from importing the directory's own
+        model, _ = mlx_lm_utils.load_model(
+            directory, lazy=True, model_config={"model_file": None}, get_model_classes=lambda config: (Model, ModelArgs)
+        )
+    except DuoError as error:
+        raise DuoError(f"{directory}: {error}") from None
+    except ValueError as error:  # mlx-lm's and MLX's word for tensors that do not fit
+        raise DuoError(f"{directory}: config.json and weights disagree: {_one_line(error)}") from error
+    if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
+        dtype = mx.float32
+    if dtype is not None:
+        model.set_dtype(dtype)
+    if not lazy:
+        mx.eval(model.parameters())
+    return model, read_tokenizer(directory, config)
+
+
+def resolve(path: str | Path | None, revision: str | None = None) -> Path:
+    """The directory that ``path`` means: itself, the embedded model's, or the local copy of a hub repository."""
+    if path is None:
+        return EMBEDDED
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise DuoError(f"{directory} is a file; a model is a directory with config.json and model*.safetensors")
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=HUB_FILES))
+    except HFValidationError:
+        raise DuoError(f"{path}: there is no such directory, and it is no hub id (OWNER/NAME) either") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = _one_line(error).partition(". ")[0]
+        raise DuoError(f"{path}: there is no such directory, and the hub does not give it: {reason}") from None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """A model directory's config.json, checked to be a Duo's."""
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DuoError(f"{directory}: holds no config.json, so it is no model directory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DuoError(f"{file}: is no JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise DuoError(f"{file}: must hold a JSON object")
+    if config.get("model_type") != "duo":
+        raise DuoError(f"{file}: model_type is {config.get('model_type')!r}; this package runs models of type 'duo'")
+    return config
+
+
+def _check_safetensors(file: Path) -> None:
+    """MLX reads weights late and past a file's end without a word; the safetensors library checks header and size."""
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise DuoError(f"{file}: is damaged or no safetensors file ({_one_line(error)})") from None
+
+
+def read_tokenizer(directory: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    """The directory's tokenizer in mlx-lm's wrapper; code from the directory is refused."""
+    try:
+        return load_tokenizer(
+            directory, {"trust_remote_code": False, "local_files_only": True}, eos_token_ids=config.get("eos_token_id")
+        )
+    except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
+        raise DuoError(f"{directory}: the tokenizer cannot be read: {_one_line(error)}") from error
+
+
+def save(directory: Path, config: dict[str, Any], weights: dict[str, mx.array]) -> None:
+    """Write config.json, the weights (sharded, with an index) and the model file into an existing directory.
+
+    ``weights`` have canonical names. Tokenizer files are the caller's to bring. See `duo_mlx.files.output_directory`
+    for writing a directory whole or not at all.
+    """
+    config = config | {"model_type": "duo", "model_file": MODEL_FILE}
+    mlx_lm_utils.save_config(config, config_path=directory / "config.json")
+    (directory / MODEL_FILE).write_text(MODEL_FILE_TEXT, encoding="utf-8")
+    shards = mlx_lm_utils.make_shards(weights)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        mx.save_safetensors(str(directory / name), shard, metadata={"format": "mlx"})
+        weight_map.update(dict.fromkeys(shard, name))
+    index = {
+        "metadata": {"total_size": sum(value.nbytes for value in weights.values())},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def parameters(model: nn.Module) -> dict[str, mx.array]:
+    """A model's weights by their canonical names."""
+    return dict(tree_flatten(model.parameters()))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
