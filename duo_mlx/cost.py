@@ -1,0 +1,95 @@
+"""What a pattern costs: parameters, FLOPs and bytes a token, by route and layer.
+
+Every function returns a `RouteTable`, from which the cost of any pattern is looked up. Norms count as bytes but not
+as FLOPs; the embedding counts as one row; a tied head is read whole, as a head of its own would be.
+"""
+
+from dataclasses import dataclass
+
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from numpy.typing import NDArray
+
+from duo_mlx.model import Model, ModelArgs
+from duo_mlx.routes import Route, Routes
+
+
+@dataclass(frozen=True)
+class RouteTable:
+    """A cost per token: ``fixed`` whatever the route, ``by_route [layers, 3]`` indexed by layer and `Route`."""
+
+    fixed: int
+    by_route: NDArray[np.int64]
+
+    def of(self, routes: Routes) -> NDArray[np.int64]:
+        """The cost of each pattern in ``routes [..., layers]``, as ``[...]``."""
+        chosen: NDArray[np.int64] = self.by_route[np.arange(len(self.by_route)), routes].sum(axis=-1)
+        return self.fixed + chosen
+
+    def __add__(self, other: "RouteTable") -> "RouteTable":
+        return RouteTable(self.fixed + other.fixed, self.by_route + other.by_route)
+
+
+def layer_parameters(args: ModelArgs) -> RouteTable:
+    """Parameters of the layers' matrices that one token meets; embedding and head are left out (``fixed`` is 0)."""
+    head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
+    queries = 2 * args.hidden_size * args.num_attention_heads * head_dim  # q_proj and o_proj
+    keys = 2 * args.hidden_size * args.num_key_value_heads * head_dim  # k_proj and v_proj, which even a skip writes
+    small, big = (3 * args.hidden_size * inner for inner in (args.small_intermediate_size, args.intermediate_size))
+    skip = keys if args.skip_scope == "layer" else queries + keys
+    row = {Route.SKIP: skip, Route.SMALL: queries + keys + small, Route.BIG: queries + keys + big}
+    return _repeat([row[route] for route in Route], args.num_hidden_layers)
+
+
+def flops(args: ModelArgs, context: int) -> RouteTable:
+    """FLOPs of one token that attends to ``context`` positions: two per parameter, and those of attention itself."""
+    head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
+    matrices = layer_parameters(args)
+    attention = np.zeros_like(matrices.by_route)
+    for layer in range(args.num_hidden_layers):
+        attention[layer] = 4 * args.num_attention_heads * head_dim * _attended(args, layer, context)
+    if args.skip_scope == "layer":
+        attention[:, Route.SKIP] = 0
+    return RouteTable(2 * args.hidden_size * args.vocab_size, 2 * matrices.by_route + attention)
+
+
+def weight_bytes(model: Model) -> RouteTable:
+    """Bytes of weights that decoding one token reads, from the sizes of the arrays that the model really holds."""
+    head = model.model.embed_tokens if model.args.tie_word_embeddings else model.lm_head
+    row = _nbytes(model.model.embed_tokens) // model.args.vocab_size
+    by_route = np.zeros((model.args.num_hidden_layers, len(Route)), np.int64)
+    for costs, layer in zip(by_route, model.layers, strict=True):
+        before = _nbytes(layer.input_layernorm)
+        attention, norm = before + _nbytes(layer.self_attn), _nbytes(layer.post_attention_layernorm)
+        costs[Route.BIG] = attention + norm + _nbytes(layer.mlp.big)
+        costs[Route.SMALL] = attention + norm + _nbytes(layer.mlp.small)
+        keys = before + _nbytes(layer.self_attn.k_proj) + _nbytes(layer.self_attn.v_proj)
+        costs[Route.SKIP] = keys if layer.skips_attention else attention
+    return RouteTable(_nbytes(head) + row + _nbytes(model.model.norm), by_route)
+
+
+def cache_bytes(model: Model, context: int) -> RouteTable:
+    """Bytes of an unquantised KV cache that one token reads when it attends to ``context`` positions."""
+    args = model.args
+    head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
+    position = 2 * args.num_key_value_heads * head_dim * model.model.norm.weight.dtype.size
+    by_route = np.zeros((args.num_hidden_layers, len(Route)), np.int64)
+    for layer in range(args.num_hidden_layers):
+        by_route[layer] = position * _attended(args, layer, context)
+    if args.skip_scope == "layer":
+        by_route[:, Route.SKIP] = position  # its own keys and values are still written
+    return RouteTable(0, by_route)
+
+
+def _attended(args: ModelArgs, layer: int, context: int) -> int:
+    sliding = args.layer_types[layer] == "sliding_attention" and args.sliding_window
+    return min(context, sliding) if sliding else context
+
+
+def _repeat(row: list[int], layers: int) -> RouteTable:
+    return RouteTable(0, np.tile(np.array(row, np.int64), (layers, 1)))
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(value.nbytes for _, value in tree_flatten(module.parameters()))

@@ -1,0 +1,151 @@
+"""Generation: a model bound to a policy, driven by mlx-lm's own generation loop, caches and samplers."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from duo_mlx.conditional import check_strategy
+from duo_mlx.errors import DuoError
+from duo_mlx.model import Model
+from duo_mlx.policies import Policy, parse_route
+from duo_mlx.routes import Route, Routes
+
+
+@dataclass
+class Response(GenerationResponse):  # type: ignore[misc]
+    """mlx-lm's response and ``routes [layers]``: those of the pass that predicted this token."""
+
+    routes: Routes | None = None
+
+
+class RoutedModel(nn.Module):  # type: ignore[misc]
+    """A model bound to a policy, callable as mlx-lm calls a model: it counts positions and passes their routes on.
+
+    One object serves one sequence (or one batch of sequences of equal length).
+    """
+
+    def __init__(self, model: Model, policy: Policy, strategy: str = "auto", start: int = 0):
+        super().__init__()
+        self.model = model
+        self.policy = policy
+        self.strategy = check_strategy(strategy)
+        self.position = start
+
+    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
+        batch, tokens = inputs.shape[:2] if input_embeddings is None else input_embeddings.shape[:2]
+        routes = self.routes(self.position, self.position + tokens, batch)
+        self.position += tokens
+        return self.model(inputs, cache, input_embeddings, routes=routes, strategy=self.strategy)
+
+    def routes(self, start: int, stop: int, batch: int = 1) -> Routes:
+        """The policy's routes; skip after its end, where mlx-lm starts one step whose result it drops."""
+        if self.policy.length is not None and start >= self.policy.length:
+            return np.full(self.model.args.num_hidden_layers, Route.SKIP, np.uint8)
+        return self.policy.routes(start, stop, batch)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self.model.layers
+
+    def make_cache(self) -> list[Any]:
+        return self.model.make_cache()
+
+
+def encode(tokenizer: TokenizerWrapper, prompt: str | list[int]) -> list[int]:
+    """Token ids of a prompt; special tokens are added as mlx-lm does.
+
+    Raises:
+        DuoError: the prompt is empty.
+    """
+    if isinstance(prompt, str):
+        add_special_tokens = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
+        if prompt.strip():
+            prompt = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        else:
+            prompt = []
+    if not prompt:
+        raise DuoError("the prompt is empty; give at least one word")
+    return prompt
+
+
+def room(model: Model, policy: Policy, prompt_tokens: int) -> int | None:
+    """How many tokens can be generated after a prompt; None where nothing limits them.
+
+    Raises:
+        DuoError: the prompt alone is longer than the model's context or than the routes to replay.
+    """
+    limits = [
+        (model.args.max_position_embeddings, "the model's context is"),
+        (policy.length, "the routes to replay end after"),
+    ]
+    left = []
+    for limit, what in limits:
+        if limit is None:
+            continue
+        if prompt_tokens > limit:
+            raise DuoError(f"the prompt has {prompt_tokens} tokens, but {what} {limit}")
+        left.append(limit - prompt_tokens + 1)  # the last token is generated but never read
+    return min(left, default=None)
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompt: str | list[int],
+    *,
+    route: str | Policy | None = None,
+    strategy: str = "auto",
+    seed: int = 0,
+    max_tokens: int = 256,
+    **kwargs: Any,
+) -> Generator[Response, None, None]:
+    """Generate token by token with per-token routes.
+
+    Args:
+        model: what `duo_mlx.load` gave.
+        tokenizer: the same.
+        prompt: text or token ids.
+        route: a route SPEC (see `duo_mlx.policies.parse_route`) or a policy; None: the model's ``default_route``.
+        strategy: how routes are carried out, see `duo_mlx.conditional`.
+        seed: of random routes (sampling follows ``mx.random.seed``).
+        max_tokens: at most so many tokens, and never beyond the model's context or the end of replayed routes.
+        kwargs: mlx-lm's own arguments of ``generate_step``: sampler, logits_processors, prompt_cache, kv_bits ...
+
+    Yields:
+        One `Response` a token: mlx-lm's fields and the token's ``routes [layers]``.
+
+    Raises:
+        DuoError: an empty or too long prompt, an unusable route or strategy.
+    """
+    layers = model.args.num_hidden_layers
+    if route is None or isinstance(route, str):
+        route = parse_route(route or model.args.default_route, layers, seed)
+    tokens = encode(tokenizer, prompt)
+    cached = _cached(kwargs.get("prompt_cache"))
+    first = cached + len(tokens)
+    limit = room(model, route, first)
+    if max_tokens < 1:
+        raise DuoError(f"max_tokens is {max_tokens}; it must be at least 1")
+    max_tokens = max_tokens if limit is None else min(max_tokens, limit)
+    routed = RoutedModel(model, route, strategy, start=cached)
+    for response in mlx_lm_stream_generate(routed, tokenizer, tokens, max_tokens, **kwargs):
+        position = first + response.generation_tokens - 2
+        routes = routed.routes(position, position + 1).reshape(layers)
+        yield Response(**vars(response), routes=routes)
+
+
+def _cached(prompt_cache: list[Any] | None) -> int:
+    """Positions that a prompt cache holds already."""
+    return int(prompt_cache[0].offset) if prompt_cache else 0
+
+
+def generate(model: Model, tokenizer: TokenizerWrapper, prompt: str | list[int], **kwargs: Any) -> str:
+    """The whole text that `stream_generate` gives; same arguments and errors."""
+    return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **kwargs))
