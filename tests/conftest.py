@@ -1,0 +1,122 @@
+"""Tiny models and measures that the test modules share, as fixtures that hand out functions."""
+
+import duo_mlx  # noqa: F401  (first of all, so that it loads OpenBLAS before mlx comes)
+
+# isort: split
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+
+from duo_mlx.model import Model, ModelArgs
+
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "intermediate_size": 24,
+    "small_intermediate_size": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 32,
+}
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """Weights by name that keep activations near 1; no norm is all ones and no bias all zeros."""
+    random = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in sorted(shapes.items()):
+        draw = random.standard_normal(shape)
+        if name.endswith("norm.weight"):
+            draw = 1 + draw / 5
+        elif len(shape) == 1:
+            draw = draw / 5
+        else:
+            draw = draw / shape[-1] ** 0.5
+        weights[name] = draw.astype(np.float32)
+    return weights
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., dict[str, Any]]:
+    """``tiny_config(**changes)``: a config.json's keys; a value of None leaves the key out."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        return {key: value for key, value in (TINY | {"model_type": "duo"} | changes).items() if value is not None}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., Model]:
+    """``tiny_model(seed=0, **changes)``: a model with random weights; asked again it is the same object."""
+    made: dict[str, Model] = {}
+
+    def make(seed: int = 0, **changes: Any) -> Model:
+        key = repr((seed, sorted(changes.items())))
+        if key not in made:
+            model = Model(ModelArgs.from_dict(tiny_config(**changes)))
+            shapes = {name: value.shape for name, value in tree_flatten(model.parameters())}
+            weights = random_weights(shapes, seed)
+            model.load_weights([(name, mx.array(value)) for name, value in weights.items()])
+            mx.eval(model.parameters(), model(mx.array([[0]])))  # the pass also settles rotary tables
+            made[key] = model
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama_twin() -> Callable[..., llama.Model]:
+    """``llama_twin(model, module="big")``: mlx-lm's llama with a Duo model's own weights and that module as its FFN."""
+
+    def make(model: Model, module: str = "big") -> llama.Model:
+        config = {name: getattr(model.args, name) for name in llama.ModelArgs.__dataclass_fields__}
+        if module == "small":
+            config["intermediate_size"] = model.args.small_intermediate_size
+        twin = llama.Model(llama.ModelArgs(**config | {"model_type": "llama"}))
+        weights = dict(tree_flatten(model.parameters()))
+        other = {"big": ".small.", "small": ".big."}[module]
+        twin.load_weights([(k.replace(f"mlp.{module}.", "mlp."), v) for k, v in weights.items() if other not in k])
+        mx.eval(twin(mx.array([[0]])))
+        return twin
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def in_passes() -> Callable[..., np.ndarray]:
+    """``in_passes(model, tokens, routes, cuts, known_by, strategy)``: logits of passes over ``cuts`` tokens each.
+
+    ``cuts`` None is a single pass without a cache. ``known_by`` is "host" (NumPy routes) or "device" (`mx.array`).
+    """
+
+    def run(
+        model: Model,
+        tokens: np.ndarray,
+        routes: np.ndarray,
+        cuts: tuple[int, ...] | None = None,
+        known_by: str = "host",
+        strategy: str = "auto",
+        cache: list[Any] | None = None,
+    ) -> np.ndarray:
+        hand_over = {"host": np.asarray, "device": mx.array}[known_by]
+        if cuts is None:
+            return np.array(model(mx.array(tokens), routes=hand_over(routes), strategy=strategy))
+        cache = model.make_cache() if cache is None else cache
+        parts, start = [], 0
+        for cut in cuts:
+            stop = start + cut
+            part = routes if routes.ndim == 1 else routes[:, start:stop]
+            logits = model(mx.array(tokens[:, start:stop]), cache=cache, routes=hand_over(part), strategy=strategy)
+            parts.append(np.array(logits))
+            start = stop
+        assert start == tokens.shape[1]
+        return np.concatenate(parts, axis=1)
+
+    return run
