@@ -1,0 +1,227 @@
+"""The contract of every strategy: the numbers of ``dense``, whoever knows the routes and however a pass is cut.
+
+Whatever is in `duo_mlx.conditional.STRATEGIES` is tested; a new strategy joins by being registered there.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from duo_mlx import conditional
+from duo_mlx.errors import DuoError
+from duo_mlx.model import Model, ModelArgs
+from duo_mlx.routes import Route
+
+TOLERANCE = 1e-4  # maximum absolute difference of fp32 logits
+LAYERS, TOKENS, VOCAB = 4, 9, 32
+PASSES = {"no cache": None, "prefill and decode": (5, 1, 1, 1, 1), "chunked prefill": (4, 3, 2)}
+ROUTES = {
+    "big": np.full(LAYERS, Route.BIG),
+    "small": np.full(LAYERS, Route.SMALL),
+    "skip": np.full(LAYERS, Route.SKIP),
+    "mixed": np.array([Route.BIG, Route.SKIP, Route.SMALL, Route.BIG]),
+    "random per token": None,
+}
+ATTENTION = {"GQA": 2, "MHA": 4}
+ON_HOST = ("auto", "planned", "sorted", "sync")
+
+
+def tokens_of(batch):
+    return np.random.default_rng(batch).integers(0, VOCAB, (batch, TOKENS))
+
+
+def routes_of(kind, batch):
+    per_token = np.random.default_rng(batch + 10).integers(0, 3, (batch, TOKENS, LAYERS))
+    return per_token if ROUTES[kind] is None else ROUTES[kind]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model):
+    """Logits of one ``dense`` pass without a cache."""
+    known = {}
+
+    def find(batch, kind, **changes):
+        key = (batch, kind, *changes.items())
+        if key not in known:
+            routes = routes_of(kind, batch)
+            known[key] = np.array(tiny_model(**changes)(mx.array(tokens_of(batch)), routes=routes, strategy="dense"))
+        return known[key]
+
+    return find
+
+
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("cuts", PASSES)
+@pytest.mark.parametrize("known_by", ["host", "device"])
+@pytest.mark.parametrize("kind", ROUTES)
+@pytest.mark.parametrize("strategy", conditional.STRATEGIES)
+def test_contract(tiny_model, in_passes, expected, strategy, kind, known_by, cuts, batch, attention, skip_scope):
+    changes = {"num_key_value_heads": ATTENTION[attention], "skip_scope": skip_scope}
+    found = in_passes(
+        tiny_model(**changes), tokens_of(batch), routes_of(kind, batch), PASSES[cuts], known_by, strategy=strategy
+    )
+    np.testing.assert_allclose(found, expected(batch, kind, **changes), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+def test_the_contract_tells_routes_apart(expected, skip_scope):
+    changes = {"num_key_value_heads": 2, "skip_scope": skip_scope}
+    logits = [expected(3, kind, **changes) for kind in ROUTES]
+    for index, a in enumerate(logits):
+        for b in logits[index + 1 :]:
+            assert np.abs(a - b).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("strategy", conditional.STRATEGIES)
+def test_half_precision_stays_half(tiny_config, strategy):
+    model = Model(ModelArgs.from_dict(tiny_config()))
+    model.set_dtype(mx.float16)
+    for kind in ROUTES:
+        logits = model(mx.array(tokens_of(1)), routes=routes_of(kind, 1), strategy=strategy)
+        assert logits.dtype == mx.float16 and mx.isfinite(logits).all().item()
+
+
+# --- what a skipped layer leaves behind --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known_by", ["host", "device"])
+@pytest.mark.parametrize("kind", ROUTES)
+@pytest.mark.parametrize("strategy", conditional.STRATEGIES)
+def test_skipping_a_layer_still_writes_keys_and_values(tiny_model, in_passes, strategy, kind, known_by):
+    model, tokens, routes = tiny_model(skip_scope="layer"), tokens_of(3), routes_of(kind, 3)
+    dense, cache = model.make_cache(), model.make_cache()
+    in_passes(model, tokens, routes, (TOKENS,), cache=dense, strategy="dense")
+    in_passes(model, tokens, routes, PASSES["prefill and decode"], known_by, strategy=strategy, cache=cache)
+    for layer, reference in zip(cache, dense, strict=True):
+        assert layer.offset == TOKENS
+        for found, wanted in ((layer.keys, reference.keys), (layer.values, reference.values)):
+            found, wanted = np.array(found)[:, :, :TOKENS], np.array(wanted)[:, :, :TOKENS]
+            assert (np.abs(wanted).max(axis=(1, 3)) > 0).all()  # every position holds something
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", conditional.STRATEGIES)
+def test_skipping_every_layer_leaves_the_embedding(tiny_model, strategy):
+    model, tokens = tiny_model(skip_scope="layer"), mx.array(tokens_of(1))
+    embed = model.model.embed_tokens
+    expected = embed.as_linear(model.model.norm(embed(tokens)))
+    assert mx.array_equal(model(tokens, routes=ROUTES["skip"], strategy=strategy), expected).item()
+
+
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+@pytest.mark.parametrize("strategy", conditional.STRATEGIES)
+def test_later_tokens_attend_to_a_skipped_one(tiny_model, in_passes, strategy, skip_scope):
+    model, tokens = tiny_model(skip_scope=skip_scope), tokens_of(1)
+    routes = np.full((1, TOKENS, LAYERS), Route.BIG)
+    routes[:, 0] = Route.SKIP
+    other = tokens.copy()
+    other[0, 0] = (other[0, 0] + 1) % VOCAB
+    a, b = (in_passes(model, each, routes, PASSES["chunked prefill"], strategy=strategy) for each in (tokens, other))
+    assert (np.abs(a - b).max(axis=-1) > TOLERANCE).all()
+
+
+# --- who reads what ----------------------------------------------------------------------------------------------
+
+
+def reads_of(model, routes, strategy):
+    before = conditional.host_reads()
+    mx.eval(model(mx.array(tokens_of(3)), routes=routes, strategy=strategy))
+    return conditional.host_reads() - before
+
+
+@pytest.mark.parametrize("strategy", ON_HOST)
+@pytest.mark.parametrize("kind", ROUTES)
+def test_routes_that_the_host_knows_are_never_read(tiny_model, strategy, kind):
+    assert reads_of(tiny_model(), routes_of(kind, 3), strategy) == 0
+
+
+@pytest.mark.parametrize("kind", ROUTES)
+def test_routes_on_the_device_are_read_as_often_as_documented(tiny_model, kind):
+    model, routes = tiny_model(), mx.array(routes_of(kind, 3))
+    assert {strategy: reads_of(model, routes, strategy) for strategy in ("dense", *ON_HOST)} == {
+        "dense": 0,
+        "auto": 1,
+        "planned": 1,
+        "sorted": LAYERS,
+        "sync": LAYERS,
+    }
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def gradients(model, routes, strategy="dense"):
+    def loss(tokens):
+        return nn.losses.cross_entropy(model(tokens[:, :-1], routes=routes, strategy=strategy), tokens[:, 1:]).mean()
+
+    _, grads = nn.value_and_grad(model, loss)(mx.array(tokens_of(3)))
+    return {name: np.array(grad) for name, grad in tree_flatten(grads)}
+
+
+@pytest.mark.parametrize("hand_over", [np.asarray, mx.array], ids=["host", "device"])
+def test_dense_trains_what_the_routes_use(tiny_model, hand_over):
+    model = tiny_model()
+    routes = routes_of("random per token", 3)[:, : TOKENS - 1].copy()
+    routes[..., 0], routes[..., 1], routes[..., 2] = Route.BIG, Route.SMALL, Route.SKIP
+    used = {(0, "big"), (1, "small"), (3, "big"), (3, "small")}
+    for name, grad in gradients(model, hand_over(routes)).items():
+        assert np.isfinite(grad).all()
+        parts = name.split(".")
+        if "mlp" in parts:
+            assert (np.abs(grad).max() > 0) == ((int(parts[2]), parts[4]) in used), name
+        elif parts[2:] != ["2", "post_attention_layernorm", "weight"]:
+            assert np.abs(grad).max() > 0, name
+
+
+def test_dense_gradients_agree_with_finite_differences(tiny_model):
+    model, routes = tiny_model(), routes_of("random per token", 3)
+    tokens = mx.array(tokens_of(3))
+    weight = model.layers[1].mlp.small.down_proj
+
+    def loss(bias):
+        original = weight.weight
+        weight.weight = original + bias
+        value = (model(tokens, routes=routes, strategy="dense") ** 2).mean()
+        weight.weight = original
+        return value
+
+    direction = mx.random.normal(weight.weight.shape, key=mx.random.key(0))
+    slope = (mx.grad(loss)(mx.zeros_like(direction)) * direction).sum().item()
+    step = 1e-2
+    numeric = (loss(step * direction) - loss(-step * direction)).item() / (2 * step)
+    assert abs(slope) > 1e-2
+    assert numeric == pytest.approx(slope, rel=2e-2)
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", conditional.STRATEGIES)
+@pytest.mark.parametrize("hand_over", [np.array, mx.array], ids=["host", "device"])
+@pytest.mark.parametrize("shape", [(3,), (TOKENS, LAYERS), (2, TOKENS, LAYERS), (3, TOKENS, LAYERS + 1)])
+def test_routes_of_another_shape(tiny_model, strategy, hand_over, shape):
+    routes = hand_over(np.ones(shape, np.int32))
+    with pytest.raises(DuoError, match=r"must be \[4\] .* or \[3, 9, 4\]"):
+        tiny_model()(mx.array(tokens_of(3)), routes=routes, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", conditional.STRATEGIES)
+@pytest.mark.parametrize("value", [3, -1, 0.5])
+def test_routes_with_other_values(tiny_model, strategy, value):
+    with pytest.raises(DuoError, match=r"0 \(skip\), 1 \(small\) or 2 \(big\)"):
+        tiny_model()(mx.array(tokens_of(3)), routes=np.array([1, 1, 1, value]), strategy=strategy)
+
+
+def test_an_unknown_strategy_names_the_known_ones(tiny_model):
+    with pytest.raises(DuoError, match="'fast' does not exist; there are " + ", ".join(conditional.STRATEGIES)):
+        tiny_model()(mx.array(tokens_of(1)), strategy="fast")
+
+
+def test_planned_says_what_to_use_for_routes_it_cannot_plan(tiny_model):
+    ffns, x = tiny_model().layers[0].mlp, mx.zeros((1, 3, 16))
+    with pytest.raises(DuoError, match="use dense, sorted or sync"):
+        conditional.run(ffns, x, mx.array([[0, 1, 2]]), "planned")
