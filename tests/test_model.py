@@ -1,0 +1,165 @@
+"""The model: what a config.json may say, and mlx-lm's llama as the measure of everything that is not routing."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from duo_mlx.errors import DuoError
+from duo_mlx.model import Model, ModelArgs
+from duo_mlx.routes import Route
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,  # so that tiny heads have plain, blended and fully scaled frequencies
+}
+VARIANTS = {
+    "plain": {},
+    "theta": {"rope_theta": 500.0},
+    "traditional rope": {"rope_traditional": True},
+    "linear rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama3 rope": {"rope_scaling": LLAMA3, "head_dim": 8},
+    "attention bias": {"attention_bias": True},
+    "mlp bias": {"mlp_bias": True},
+    "untied": {"tie_word_embeddings": False},
+    "MHA": {"num_key_value_heads": 4},
+    "one key-value head": {"num_key_value_heads": 1},
+    "head_dim": {"head_dim": 6},
+    "sliding": {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5},
+}
+
+
+# --- config.json -------------------------------------------------------------------------------------------------
+
+
+def test_keys_of_a_config_become_arguments(tiny_config):
+    args = ModelArgs.from_dict(tiny_config(skip_scope="layer", default_route="Bs-B", rope_theta=5e5))
+    assert (args.hidden_size, args.small_intermediate_size, args.rope_theta) == (16, 8, 5e5)
+    assert args.skip_scope == "layer" and args.default_pattern.tolist() == [2, 1, 0, 2]
+    assert args.layer_types == ("full_attention",) * 4
+
+
+def test_keys_of_no_concern_are_passed_over(tiny_config):
+    config = tiny_config(architectures=["X"], torch_dtype="float32", eos_token_id=2, model_file="x.py")
+    assert ModelArgs.from_dict(config) == ModelArgs.from_dict(tiny_config())
+
+
+@pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim", "rope_scaling", "layer_types"])
+def test_null_is_the_default(tiny_config, key):
+    config = tiny_config(num_key_value_heads=None)
+    assert ModelArgs.from_dict(config | {key: None}) == ModelArgs.from_dict(config)
+    assert ModelArgs.from_dict(config).num_key_value_heads == 4
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "small_intermediate_size", "vocab_size", "rms_norm_eps"])
+def test_a_missing_key_is_named(tiny_config, key):
+    with pytest.raises(DuoError, match=f"lacks {key}$"):
+        ModelArgs.from_dict(tiny_config(**{key: None}))
+
+
+def test_all_missing_keys_are_named(tiny_config):
+    with pytest.raises(DuoError, match=r"lacks hidden_size, vocab_size$"):
+        ModelArgs.from_dict(tiny_config(hidden_size=None, vocab_size=None))
+
+
+@pytest.mark.parametrize("key", ["small_size", "skip_scopes", "default_routes", "routing", "router_budget"])
+def test_an_unknown_routing_key_is_an_error(tiny_config, key):
+    with pytest.raises(DuoError, match=f"routing keys that are not known: {key}$"):
+        ModelArgs.from_dict(tiny_config(**{key: 1}))
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "small_intermediate_size", "vocab_size"])
+@pytest.mark.parametrize("value", [0, -1, "64", 2.0, True, [4]])
+def test_sizes_are_positive_integers(tiny_config, key, value):
+    with pytest.raises(DuoError, match=rf"{key} is .* must be a positive integer"):
+        ModelArgs.from_dict(tiny_config(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"hidden_size": 18}, "hidden_size 18 is no multiple of num_attention_heads 4, and there is no head_dim"),
+        ({"skip_scope": "attention"}, "skip_scope is 'attention'; it must be 'ffn' or 'layer'"),
+        ({"layer_types": ["full_attention"] * 3}, "for each of the 4 layers"),
+        ({"layer_types": ["linear_attention"] * 4}, "for each of the 4 layers"),
+        ({"layer_types": ["sliding_attention"] * 4}, "sliding_window must say how many tokens"),
+        ({"default_route": "Bs"}, "default_route: .* has 2 characters, but the model has 4 layers"),
+        ({"default_route": "random"}, "default_route: .* each of the 4 layers"),
+    ],
+)
+def test_what_does_not_fit_together(tiny_config, changes, message):
+    with pytest.raises(DuoError, match=rf"^config\.json: .*{message}"):
+        ModelArgs.from_dict(tiny_config(**changes))
+
+
+def test_head_dim_frees_the_hidden_size(tiny_config):
+    model = Model(ModelArgs.from_dict(tiny_config(hidden_size=18, head_dim=4)))
+    assert model.layers[0].self_attn.q_proj.weight.shape == (16, 18)
+    assert model(mx.array([[1, 2]])).shape == (1, 2, 32)
+
+
+# --- against llama -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("module", "route"), [("big", Route.BIG), ("small", Route.SMALL)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_route_everywhere_is_llama(tiny_model, llama_twin, variant, module, route):
+    model = tiny_model(**VARIANTS[variant])
+    twin = llama_twin(model, module)
+    tokens = mx.array(np.random.default_rng(0).integers(0, 32, (2, 11)))
+    assert mx.array_equal(model(tokens, routes=[route] * 4), twin(tokens)).item()
+    ours, theirs = model.make_cache(), twin.make_cache()
+    assert [type(layer) for layer in ours] == [type(layer) for layer in theirs]
+    for start, stop in ((0, 4), (4, 7), (7, 8), (8, 9), (9, 10), (10, 11)):
+        part = tokens[:, start:stop]
+        assert mx.array_equal(model(part, cache=ours, routes=[route] * 4), twin(part, cache=theirs)).item()
+
+
+def test_variants_differ(tiny_model):
+    tokens = mx.array(np.random.default_rng(0).integers(0, 32, (1, 11)))
+    rotary = [np.array(tiny_model(**VARIANTS[name])(tokens)) for name in VARIANTS if "rope" in name or name == "theta"]
+    rotary += [np.array(tiny_model(**changes)(tokens)) for changes in ({}, {"head_dim": 8}, VARIANTS["sliding"])]
+    for index, a in enumerate(rotary):
+        for b in rotary[index + 1 :]:
+            assert np.abs(a - b).max() > 1e-3
+
+
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+@pytest.mark.parametrize("layer_types", [["sliding_attention"] * 4, VARIANTS["sliding"]["layer_types"]])
+def test_a_rotating_cache_forgets_what_the_window_forgets(tiny_model, in_passes, layer_types, skip_scope):
+    model = tiny_model(layer_types=layer_types, sliding_window=5, skip_scope=skip_scope)
+    random = np.random.default_rng(0)
+    tokens, routes = random.integers(0, 32, (2, 14)), random.integers(0, 3, (2, 14, 4))
+    whole = in_passes(model, tokens, routes)
+    for cuts in ((6, *[1] * 8), (4, 4, 4, 2), (1,) * 14):
+        np.testing.assert_allclose(in_passes(model, tokens, routes, cuts), whole, rtol=0, atol=1e-4)
+
+
+# --- the rest of the interface -----------------------------------------------------------------------------------
+
+
+def test_default_route_is_what_runs_when_nobody_says(tiny_model):
+    tokens = mx.array([[3, 1, 4, 1, 5]])
+    model = tiny_model(default_route="Bs-B")
+    assert mx.array_equal(model(tokens), model(tokens, routes=[2, 1, 0, 2])).item()
+    assert not mx.allclose(model(tokens), model(tokens, routes=[2, 2, 2, 2]), atol=1e-3).item()
+
+
+def test_embeddings_may_stand_in_for_tokens(tiny_model):
+    model, tokens = tiny_model(), mx.array([[3, 1, 4]])
+    given = model(tokens, input_embeddings=model.model.embed_tokens(tokens))
+    assert mx.array_equal(given, model(tokens)).item()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sanitize_drops_rotary_tables_and_a_second_copy_of_a_tied_head(tiny_model, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    kept = {"model.embed_tokens.weight": mx.zeros(1), "model.layers.0.mlp.small.up_proj.weight": mx.zeros(1)}
+    head = {"lm_head.weight": mx.zeros(1)}
+    rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.zeros(1)}
+    given = kept | head | rotary
+    assert model.sanitize(given).keys() == (kept if tied else kept | head).keys()
+    assert len(given) == 4  # the caller's dictionary is left alone

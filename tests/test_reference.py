@@ -1,0 +1,217 @@
+"""The PyTorch reference: against Hugging Face's Llama, on its own, and the MLX model against it."""
+
+import itertools
+
+import mlx.core as mx
+import mlx.nn as mlx_nn
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from duo_mlx.convert.reference import DuoConfig, DuoModel
+from mlx.utils import tree_flatten
+
+TOLERANCE = 1e-4  # maximum absolute difference of fp32 logits
+LAYERS, VOCAB = 4, 32
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,  # so that tiny heads have plain, blended and fully scaled frequencies
+}
+ROPE = {
+    "plain": {},
+    "traditional": {"rope_traditional": True},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama3": {"rope_scaling": LLAMA3, "head_dim": 8, "rope_theta": 5000.0},
+}
+ROUTES = {
+    "big": np.full(LAYERS, 2),
+    "small": np.full(LAYERS, 1),
+    "skip": np.full(LAYERS, 0),
+    "random per token": np.random.default_rng(1).integers(0, 3, (2, 11, LAYERS)),
+}
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 11))
+
+
+def reference_of(model, config):
+    """The reference with the MLX model's weights, moved by name."""
+    reference = DuoModel(DuoConfig.from_dict(config)).eval()
+    weights = {name: torch.from_numpy(np.array(value)) for name, value in tree_flatten(model.parameters())}
+    if not config.get("tie_word_embeddings", True):
+        assert "lm_head.weight" in weights
+    reference.load_state_dict(weights, strict=True)
+    return reference
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model, tiny_config):
+    """``pair(**changes)``: the MLX model and the reference with the same weights."""
+    made = {}
+
+    def make(**changes):
+        key = repr(sorted(changes.items()))
+        if key not in made:
+            model = tiny_model(**changes)
+            made[key] = model, reference_of(model, tiny_config(**changes))
+        return made[key]
+
+    return make
+
+
+def logits_of(reference, tokens, routes):
+    with torch.no_grad():
+        return reference(torch.as_tensor(tokens), torch.as_tensor(routes)).numpy()
+
+
+# --- the MLX model against the reference -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+@pytest.mark.parametrize("rope", ROPE)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("biases", [False, True], ids=["no bias", "biases"])
+@pytest.mark.parametrize("heads", [2, 4], ids=["GQA", "MHA"])
+def test_mlx_gives_the_reference_logits(pair, heads, biases, tied, rope, skip_scope):
+    changes = {
+        "num_key_value_heads": heads,
+        "attention_bias": biases,
+        "mlp_bias": biases,
+        "tie_word_embeddings": tied,
+        "skip_scope": skip_scope,
+    }
+    model, reference = pair(**changes, **ROPE[rope])
+    for kind, routes in ROUTES.items():
+        found = np.array(model(mx.array(TOKENS), routes=routes))
+        expected = logits_of(reference, TOKENS, routes)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE, err_msg=kind)
+
+
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+def test_dense_gives_the_reference_gradients(pair, skip_scope):
+    model, reference = pair(skip_scope=skip_scope)
+    routes = ROUTES["random per token"][:, :-1]
+
+    def loss(tokens):
+        logits = model(tokens[:, :-1], routes=mx.array(routes), strategy="dense")
+        return mlx_nn.losses.cross_entropy(logits, tokens[:, 1:]).mean()
+
+    value, grads = mlx_nn.value_and_grad(model, loss)(mx.array(TOKENS))
+    tokens = torch.as_tensor(TOKENS)
+    logits = reference(tokens[:, :-1], torch.as_tensor(routes))
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    reference.zero_grad()
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+    found = dict(tree_flatten(grads))
+    for name, parameter in reference.named_parameters():
+        np.testing.assert_allclose(np.array(found[name]), parameter.grad.numpy(), rtol=0, atol=1e-5, err_msg=name)
+
+
+# --- the reference alone -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, ROPE["llama3"], {"attention_bias": True, "mlp_bias": True}], ids=str)
+@pytest.mark.parametrize(("module", "route"), [("big", 2), ("small", 1)])
+def test_one_route_everywhere_is_hugging_face_llama(pair, changes, module, route):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _, reference = pair(tie_word_embeddings=False, **changes)
+    config = reference.config
+    rope = {"rope_type": "default"} | (config.rope_scaling or {}) | {"rope_theta": config.rope_theta}
+    other = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size if module == "big" else config.small_intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_width,
+            rms_norm_eps=config.rms_norm_eps,
+            attention_bias=config.attention_bias,
+            mlp_bias=config.mlp_bias,
+            rope_parameters=rope,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    weights = {
+        name.replace(f"mlp.{module}.", "mlp."): value
+        for name, value in reference.state_dict().items()
+        if "mlp." not in name or f"mlp.{module}." in name
+    }
+    other.load_state_dict(weights, strict=True)
+    with torch.no_grad():
+        expected = other(torch.as_tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(logits_of(reference, TOKENS, [route] * LAYERS), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+def test_no_token_sees_a_later_one_nor_its_route(pair, skip_scope):
+    _, reference = pair(skip_scope=skip_scope)
+    routes = ROUTES["random per token"]
+    before = logits_of(reference, TOKENS, routes)
+    for place in (1, 6, 10):
+        tokens, changed = TOKENS.copy(), routes.copy()
+        tokens[:, place] = (tokens[:, place] + 1) % VOCAB
+        changed[:, place] = (changed[:, place] + 1) % 3
+        for after in (logits_of(reference, tokens, routes), logits_of(reference, TOKENS, changed)):
+            np.testing.assert_allclose(after[:, :place], before[:, :place], rtol=0, atol=1e-6)
+            assert (np.abs(after[:, place:] - before[:, place:]).max(axis=-1) > 1e-6).all()
+
+
+def test_every_route_counts_in_every_layer(pair):
+    _, reference = pair()
+    patterns = list(itertools.product(range(3), repeat=LAYERS))
+    tokens = np.repeat(TOKENS[:1], len(patterns), axis=0)
+    routes = np.repeat(np.array(patterns)[:, None], tokens.shape[1], axis=1)
+    logits = logits_of(reference, tokens, routes)[:, -1]
+    distances = np.abs(logits[:, None] - logits[None]).max(axis=-1) + np.eye(len(patterns))
+    assert distances.min() > 1e-4
+
+
+def test_skipping_every_layer_leaves_the_embedding(pair):
+    _, reference = pair(skip_scope="layer")
+    embed = reference.model.embed_tokens
+    with torch.no_grad():
+        expected = F.linear(reference.model.norm(embed(torch.as_tensor(TOKENS))), embed.weight).numpy()
+    np.testing.assert_array_equal(logits_of(reference, TOKENS, ROUTES["skip"]), expected)
+
+
+@pytest.mark.parametrize("shape", [(3,), (11, 4), (1, 11, 4), (2, 10, 4), (2, 11, 3)])
+def test_routes_of_another_shape(pair, shape):
+    _, reference = pair()
+    with pytest.raises(ValueError, match=r"fit neither \[4\] nor \[batch, tokens, 4\]"):
+        logits_of(reference, TOKENS, np.ones(shape, np.int64))
+
+
+def test_a_scope_or_rope_that_it_does_not_know(tiny_config):
+    with pytest.raises(ValueError, match="it must be 'ffn' or 'layer'"):
+        DuoModel(DuoConfig.from_dict(tiny_config(skip_scope="attention")))
+    with pytest.raises(ValueError, match="'yarn' is not in the reference"):
+        DuoModel(DuoConfig.from_dict(tiny_config(rope_scaling={"type": "yarn", "factor": 2.0})))
+
+
+def test_initialisation_follows_its_words(tiny_config):
+    torch.manual_seed(0)
+    config = tiny_config(hidden_size=64, intermediate_size=128, attention_bias=True, num_hidden_layers=2)
+    model = DuoModel(DuoConfig.from_dict(config))
+    model.initialise(std=0.02)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert parameter.abs().max() == 0
+        elif parameter.ndim == 1:
+            assert (parameter == 1).all()
+        else:
+            std = 0.01 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02  # 0.02 / sqrt(2 * 2)
+            assert parameter.std().item() == pytest.approx(std, rel=0.1), name
+
+
+def test_dropout_acts_only_while_training(tiny_config):
+    torch.manual_seed(0)
+    model = DuoModel(DuoConfig.from_dict(tiny_config()), dropout=0.5)
+    tokens, routes = torch.as_tensor(TOKENS), torch.full((LAYERS,), 2)
+    assert not torch.equal(model(tokens, routes), model(tokens, routes))
+    model.eval()
+    assert torch.equal(model(tokens, routes), model(tokens, routes))
