@@ -1,0 +1,88 @@
+"""The command line ``duo-mlx``: a group whose commands are imported only when they are called.
+
+The command NAME is the attribute ``command`` of ``duo_mlx/cli/NAME.py``. Exit codes: 0 done; 2 wrong use or bad input,
+with one line on stderr; 130 after Ctrl-C. Every other exception is a defect and keeps its traceback.
+"""
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from duo_mlx import __version__
+from duo_mlx.errors import DuoError
+
+COMMANDS = {
+    "convert": "Turn a PyTorch checkpoint of a Duo model into a model directory",
+    "generate": "Generate text after PROMPT, or after standard input where PROMPT is - or left out",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and one line of help until one is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"{__name__}.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            from difflib import get_close_matches
+
+            close = get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(COMMANDS))}"
+            ctx.fail(f"no command {name!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Run the command line; see the module for its exit codes. Errors pass through without ``standalone_mode``."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        try:
+            result = super().main(*args, standalone_mode=False, **kwargs)
+        except click.Abort as abort:
+            if isinstance(abort.__cause__, EOFError):  # click takes it for the end of a dialogue; there is none here
+                raise abort.__cause__ from None
+            sys.exit(130)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(2)
+        except click.UsageError as error:
+            hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+            _fail(error.format_message().rstrip(".") + hint)
+        except click.ClickException as error:
+            _fail(error.format_message())
+        except DuoError as error:
+            _fail(str(error))
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+def _fail(message: str) -> None:
+    click.echo(f"duo-mlx: error: {' '.join(message.splitlines())}", err=True)
+    sys.exit(2)
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="duo-mlx")
+def main() -> None:
+    """Duo-LLM with MLX: every token meets a big FFN, a small one or neither, and what its route leaves out is not
+    computed.
+
+    \b
+    Examples:
+      duo-mlx generate "It is a truth universally acknowledged"
+      duo-mlx generate --route BBBBBBssssss --show-routes "Emma was"
+    """
