@@ -190,6 +190,7 @@ class DuoModel(nn.Module):
         self.model = Decoder(config, dropout)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.frequencies: Tensor
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def initialise(self, std: float = 0.02) -> None:

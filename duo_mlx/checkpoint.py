@@ -64,7 +64,7 @@ def load(
     try:
         # the empty model_file is what keeps mlx-lm from importing the directory's own
         model, _ = mlx_lm_utils.load_model(
-            directory, lazy=True, model_config={"model_file": None}, get_model_classes=lambda config: (Model, ModelArgs)
+            directory, lazy=True, model_config={"model_file": None}, get_model_classes=lambda **_: (Model, ModelArgs)
         )
     except DuoError as error:
         raise DuoError(f"{directory}: {error}") from None

@@ -130,22 +130,27 @@ def _sorted(ffns: FFNs, x: mx.array, route: LayerRoutes) -> mx.array:
     if isinstance(route, Route):
         return _module(ffns, route)(x)
     rows = x.reshape(-1, x.shape[-1])
-    order: mx.array
-    if isinstance(route, mx.array):
-        flat = route.reshape(-1)
-        order = mx.argsort(flat)
-        skips, smalls = _read(mx.stack([(flat == Route.SKIP).sum(), (flat == Route.SMALL).sum()])).tolist()
-    else:
-        order = mx.array(np.argsort(route.ravel(), kind="stable").astype(np.uint32))
-        skips, smalls = (int((route == kind).sum()) for kind in (Route.SKIP, Route.SMALL))
+    order, back, skips, smalls = _grouping(route)
     bigs = rows.shape[0] - skips - smalls
     parts = [mx.zeros((skips, rows.shape[1]), x.dtype)] if skips else []
     for count, start, module in ((smalls, skips, ffns.small), (bigs, skips + smalls, ffns.big)):
         if count:  # a quantised product over no rows kills the process
             parts.append(module(rows[order[start : start + count]]))
     grouped = mx.concatenate(parts) if len(parts) > 1 else parts[0]
-    back = mx.zeros_like(order).at[order].add(mx.arange(order.size, dtype=order.dtype))
     return grouped[back].reshape(x.shape)
+
+
+def _grouping(route: Routes | mx.array) -> tuple[mx.array, mx.array, int, int]:
+    """The order that groups tokens by route, its inverse, and how many tokens skip and go to small."""
+    if isinstance(route, mx.array):
+        flat = route.reshape(-1)
+        order = mx.argsort(flat)
+        skips, smalls = _read(mx.stack([(flat == Route.SKIP).sum(), (flat == Route.SMALL).sum()])).tolist()
+        return order, mx.argsort(order), skips, smalls
+    host = np.argsort(route, axis=None, kind="stable").astype(np.uint32)
+    counts = np.bincount(route.ravel(), minlength=len(Route))
+    back = np.argsort(host).astype(np.uint32)
+    return mx.array(host), mx.array(back), int(counts[Route.SKIP]), int(counts[Route.SMALL])
 
 
 def _auto(ffns: FFNs, x: mx.array, route: LayerRoutes) -> mx.array:

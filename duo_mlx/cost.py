@@ -92,4 +92,4 @@ def _repeat(row: list[int], layers: int) -> RouteTable:
 
 
 def _nbytes(module: nn.Module) -> int:
-    return sum(value.nbytes for _, value in tree_flatten(module.parameters()))
+    return sum(value.nbytes for value in dict(tree_flatten(module.parameters())).values())

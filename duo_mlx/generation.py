@@ -1,7 +1,7 @@
 """Generation: a model bound to a policy, driven by mlx-lm's own generation loop, caches and samplers."""
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -13,19 +13,19 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from duo_mlx.conditional import check_strategy
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Model
+from duo_mlx.model import Layer, Model
 from duo_mlx.policies import Policy, parse_route
 from duo_mlx.routes import Route, Routes
 
 
 @dataclass
-class Response(GenerationResponse):  # type: ignore[misc]
+class Response(GenerationResponse):
     """mlx-lm's response and ``routes [layers]``: those of the pass that predicted this token."""
 
-    routes: Routes | None = None
+    routes: Routes = field(kw_only=True)
 
 
-class RoutedModel(nn.Module):  # type: ignore[misc]
+class RoutedModel(nn.Module):
     """A model bound to a policy, callable as mlx-lm calls a model: it counts positions and passes their routes on.
 
     One object serves one sequence (or one batch of sequences of equal length).
@@ -51,7 +51,7 @@ class RoutedModel(nn.Module):  # type: ignore[misc]
         return self.policy.routes(start, stop, batch)
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[Layer]:
         return self.model.layers
 
     def make_cache(self) -> list[Any]:
@@ -64,15 +64,13 @@ def encode(tokenizer: TokenizerWrapper, prompt: str | list[int]) -> list[int]:
     Raises:
         DuoError: the prompt is empty.
     """
-    if isinstance(prompt, str):
-        add_special_tokens = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        if prompt.strip():
-            prompt = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-        else:
-            prompt = []
-    if not prompt:
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise DuoError("the prompt is empty; give at least one word")
-    return prompt
+    if not isinstance(prompt, str):
+        return prompt
+    add_special_tokens = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
+    tokens: list[int] = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+    return tokens
 
 
 def room(model: Model, policy: Policy, prompt_tokens: int) -> int | None:

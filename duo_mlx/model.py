@@ -53,7 +53,10 @@ class ModelArgs:
         object.__setattr__(self, "layer_types", layer_types)
         if self.skip_scope not in ("ffn", "layer"):
             raise DuoError(f"config.json: skip_scope is {self.skip_scope!r}; it must be 'ffn' or 'layer'")
-        if len(layer_types) != self.num_hidden_layers or not set(layer_types) <= {"full_attention", "sliding_attention"}:
+        if len(layer_types) != self.num_hidden_layers or not set(layer_types) <= {
+            "full_attention",
+            "sliding_attention",
+        }:
             raise DuoError(
                 f"config.json: layer_types must name full_attention or sliding_attention for each of the "
                 f"{self.num_hidden_layers} layers"
@@ -101,7 +104,7 @@ class ModelArgs:
         return parse_pattern(self.default_route, self.num_hidden_layers)
 
 
-class Attention(llama.Attention):  # type: ignore[misc]
+class Attention(llama.Attention):
     """Llama's attention, which can also do no more than write a token's keys and values."""
 
     def remember(self, x: mx.array, cache: Any) -> tuple[mx.array, mx.array]:
@@ -114,7 +117,7 @@ class Attention(llama.Attention):  # type: ignore[misc]
         return fetched
 
 
-class DuoFFN(nn.Module):  # type: ignore[misc]
+class DuoFFN(nn.Module):
     """A layer's big and small FFN, each SwiGLU; `duo_mlx.conditional` decides which of them runs on what."""
 
     def __init__(self, args: ModelArgs):
@@ -123,7 +126,7 @@ class DuoFFN(nn.Module):  # type: ignore[misc]
         self.small = llama.MLP(replace(args, intermediate_size=args.small_intermediate_size))
 
 
-class Layer(nn.Module):  # type: ignore[misc]
+class Layer(nn.Module):
     """Attention that all tokens share, then the FFN that each token's route names."""
 
     def __init__(self, args: ModelArgs, layer_type: str):
@@ -157,7 +160,7 @@ class Layer(nn.Module):  # type: ignore[misc]
         return after[0]
 
 
-class Decoder(nn.Module):  # type: ignore[misc]
+class Decoder(nn.Module):
     """Embedding, layers and the last norm."""
 
     def __init__(self, args: ModelArgs):
@@ -181,7 +184,7 @@ class Decoder(nn.Module):  # type: ignore[misc]
         return self.norm(h)
 
 
-class Model(nn.Module):  # type: ignore[misc]
+class Model(nn.Module):
     """A Duo language model in the form that mlx-lm expects of an architecture."""
 
     def __init__(self, args: ModelArgs):
@@ -237,5 +240,7 @@ class Model(nn.Module):  # type: ignore[misc]
         """Drop what PyTorch checkpoints hold besides weights: rotary tables and a second copy of a tied head."""
         dropped = ("lm_head.weight",) if self.args.tie_word_embeddings else ()
         return {
-            name: value for name, value in weights.items() if not name.endswith("rotary_emb.inv_freq") and name not in dropped
+            name: value
+            for name, value in weights.items()
+            if not name.endswith("rotary_emb.inv_freq") and name not in dropped
         }

@@ -24,7 +24,7 @@ class Policy(Protocol):
         """How many positions of a sequence have routes; None where every position has."""
 
     def routes(self, start: int, stop: int, batch: int = 1) -> Routes:
-        """Routes of positions ``start`` to ``stop``: ``[layers]`` if all are alike, else ``[batch, tokens, layers]``."""
+        """Routes of positions ``start`` to ``stop``: ``[layers]`` if all are alike, or ``[batch, tokens, layers]``."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ class ReplayPolicy:
 
     def routes(self, start: int, stop: int, batch: int = 1) -> Routes:
         if stop > len(self.recorded):
-            raise DuoError(f"{self.name}: holds routes for {len(self.recorded)} positions, position {stop - 1} has none")
+            raise DuoError(
+                f"{self.name}: holds routes for {len(self.recorded)} positions, position {stop - 1} has none"
+            )
         return np.broadcast_to(self.recorded[start:stop], (batch, stop - start, self.recorded.shape[1]))
 
 
@@ -132,7 +134,7 @@ def _as_file(spec: str) -> tuple[Path, int]:
 
 def read_routes(file: Path, layers: int, sequence: int = 0) -> Routes:
     """Recorded routes ``[positions, layers]`` of one sequence from an ``.npz`` (key ``oracle_routes``) or text file."""
-    if not file.read_bytes()[:2] == b"PK":  # the magic of a zip archive, which an npz is
+    if file.read_bytes()[:2] != b"PK":  # the magic of a zip archive, which an npz is
         return _read_text_routes(file, layers)
     try:
         with np.load(file, allow_pickle=False) as archive:

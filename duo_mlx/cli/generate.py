@@ -10,9 +10,13 @@ STRATEGIES = ("auto", "dense", "planned", "sorted", "sync")  # equal to duo_mlx.
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("--model", metavar="DIR|HUB_ID", help="Model directory or Hugging Face id.  [default: the embedded model]")
+@click.option(
+    "--model", metavar="DIR|HUB_ID", help="Model directory or Hugging Face id.  [default: the embedded model]"
+)
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
-@click.option("--route", metavar="SPEC", help="Where routes come from, see above.  [default: the model's default_route]")
+@click.option(
+    "--route", metavar="SPEC", help="Where routes come from, see above.  [default: the model's default_route]"
+)
 @click.option("--strategy", type=click.Choice(STRATEGIES), default="auto", show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: always the likeliest.")
@@ -59,7 +63,7 @@ def command(
     if prompt in (None, "-"):
         if prompt is None and sys.stdin.isatty():
             raise click.UsageError("give a PROMPT, or - to read it from standard input")
-        prompt = click.get_text_stream("stdin").read()
+        prompt = sys.stdin.read()
     if not prompt.strip():
         raise click.UsageError("the prompt is empty; give at least one word")
 
@@ -134,5 +138,7 @@ def _add_stop_token(tokenizer: Any, text: str) -> None:
     vocabulary = tokenizer.get_vocab()
     tokens = [vocabulary[text]] if text in vocabulary else tokenizer.encode(text, add_special_tokens=False)
     if len(tokens) != 1:
-        raise click.UsageError(f"--stop-token {text!r} is {len(tokens)} tokens in this model's vocabulary; it must be one")
+        raise click.UsageError(
+            f"--stop-token {text!r} is {len(tokens)} tokens in this model's vocabulary; it must be one"
+        )
     tokenizer.eos_token_ids = tokenizer.eos_token_ids | set(tokens)

@@ -38,7 +38,6 @@ class RoutePainter:
         """Write one more token; bytes of an unfinished character wait for the rest."""
         if response.finish_reason == "stop":  # the stop token itself is no text
             return
-        assert response.routes is not None
         self.pending.append(response.token)
         text = self._text()
         if text.endswith("�") and len(self.pending) < 4 and response.finish_reason is None:
