@@ -3,7 +3,9 @@
 import duo_mlx  # noqa: F401  (first of all, so that it loads OpenBLAS before mlx comes)
 
 # isort: split
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from duo_mlx import checkpoint
 from duo_mlx.model import Model, ModelArgs
 
 TINY = {
@@ -24,6 +28,8 @@ TINY = {
     "rms_norm_eps": 1e-5,
     "vocab_size": 32,
 }
+
+WORDS = ["<unk>", "</s>", *(f"w{number}" for number in range(30))]
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
@@ -120,3 +126,40 @@ def in_passes() -> Callable[..., np.ndarray]:
         return np.concatenate(parts, axis=1)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def write_tokenizer() -> Callable[[Path], None]:
+    """``write_tokenizer(directory)``: tokenizer files of a vocabulary of 32 words, ``<unk> </s> w0 w1 ...``."""
+
+    def write(directory: Path) -> None:
+        tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.decoder = decoders.Fuse()
+        tokenizer.save(str(directory / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def saved(
+    tiny_model: Callable[..., Model],
+    tiny_config: Callable[..., dict[str, Any]],
+    write_tokenizer: Callable[[Path], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., tuple[Path, Model]]:
+    """``saved(**changes)``: the model directory of a tiny model, not to be changed, and that model."""
+    made: dict[str, tuple[Path, Model]] = {}
+
+    def make(**changes: Any) -> tuple[Path, Model]:
+        key = repr(sorted(changes.items()))
+        if key not in made:
+            directory, model = tmp_path_factory.mktemp("model"), tiny_model(**changes)
+            checkpoint.save(directory, tiny_config(eos_token_id=1, **changes), checkpoint.parameters(model))
+            write_tokenizer(directory)
+            made[key] = directory, model
+        return made[key]
+
+    return make

@@ -1,0 +1,103 @@
+"""The cost of a pattern, against the paper's figures and against the arrays that a model holds."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.utils import quantize_model
+
+from duo_mlx import checkpoint, cost
+from duo_mlx.model import Model, ModelArgs
+
+PAPER = ModelArgs(
+    hidden_size=2560,
+    num_hidden_layers=12,
+    intermediate_size=10240,
+    small_intermediate_size=640,
+    num_attention_heads=20,
+    rms_norm_eps=1e-5,
+    vocab_size=32000,
+)
+
+
+def first_big(count, layers=12):
+    return np.array([2] * count + [1] * (layers - count), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("big", "share"), [(0, 0.297), (1, 0.355), (2, 0.414), (4, 0.531), (6, 0.648), (8, 0.766), (12, 1.0)]
+)
+def test_shares_of_the_papers_model(big, share):
+    table = cost.layer_parameters(PAPER)
+    assert table.of(first_big(big)) / table.of(first_big(12)) == pytest.approx(share, abs=0.0006)
+
+
+def test_parameters_of_the_papers_model():
+    table = cost.layer_parameters(PAPER)
+    skip = np.zeros(12, np.uint8)
+    assert table.of(skip) == pytest.approx(314.6e6, rel=1e-3)
+    assert table.of(first_big(12)) - table.of(skip) == pytest.approx(943.7e6, rel=1e-3)
+    assert table.of(first_big(0)) - table.of(skip) == pytest.approx(59.0e6, rel=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weight_bytes_are_those_of_the_arrays(tiny_model, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    sizes = {name: value.nbytes for name, value in checkpoint.parameters(model).items()}
+    row = sizes["model.embed_tokens.weight"] // model.args.vocab_size
+    read = sum(sizes.values()) - (0 if tied else sizes["model.embed_tokens.weight"]) + row
+    small = sum(size for name, size in sizes.items() if ".small." in name)
+    big = sum(size for name, size in sizes.items() if ".big." in name)
+    norms = sum(size for name, size in sizes.items() if "post_attention" in name)
+    table = cost.weight_bytes(model)
+    routes = np.stack([np.full(4, route, np.uint8) for route in (2, 1, 0)])
+    np.testing.assert_array_equal(table.of(routes), [read - small, read - big, read - big - small - norms])
+    per_layer = [table.of(np.array([2] * layer + [0] + [2] * (3 - layer), np.uint8)) for layer in range(4)]
+    assert per_layer == [read - small - (big + norms) // 4] * 4
+
+
+def test_a_skipped_layer_still_reads_what_writes_keys_and_values(tiny_model):
+    whole, ffn = tiny_model(skip_scope="layer"), tiny_model(skip_scope="ffn")
+    skip = np.zeros(4, np.uint8)
+    sizes = {name: value.nbytes for name, value in checkpoint.parameters(whole).items()}
+    left_out = sum(size for name, size in sizes.items() if "q_proj" in name or "o_proj" in name)
+    assert cost.weight_bytes(ffn).of(skip) - cost.weight_bytes(whole).of(skip) == left_out
+
+
+def test_quantised_weights_count_as_stored(tiny_config):
+    config = tiny_config(hidden_size=64, intermediate_size=128, small_intermediate_size=64)
+    model = Model(ModelArgs.from_dict(config))
+    before = cost.weight_bytes(model).of(np.full(4, 2, np.uint8))
+    model, _ = quantize_model(model, config, group_size=64, bits=4)
+    after = cost.weight_bytes(model).of(np.full(4, 2, np.uint8))
+    assert after / before == pytest.approx((4 + 2 * 32 / 64) / 32, rel=0.1)  # 4 bits, and a scale and a bias a group
+
+
+def test_flops_grow_with_context_as_attention_does(tiny_model):
+    args = tiny_model().args
+    routes = np.array([2, 1, 0, 2], np.uint8)
+    short, long = (cost.flops(args, context).of(routes) for context in (10, 110))
+    assert (
+        long - short == 4 * 4 * 16 * 100
+    )  # layers x (scores and mixing, a multiply and an add each) x width x positions
+    assert short == 2 * (cost.layer_parameters(args).of(routes) + 16 * 32) + 4 * 4 * 16 * 10
+
+
+def test_cache_bytes_are_those_of_a_real_cache(tiny_model):
+    model = tiny_model()
+    cache = model.make_cache()
+    mx.eval(model(mx.array([[1] * 9]), cache=cache))
+    held = sum(array[:, :, :9].nbytes for entry in cache for array in (entry.keys, entry.values))
+    assert cost.cache_bytes(model, 9).of(np.full(4, 2, np.uint8)) == held
+
+
+def test_a_sliding_layer_reads_no_more_than_its_window(tiny_model):
+    changes = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 4}
+    sliding, full = tiny_model(**changes), tiny_model()
+    routes = np.full(4, 2, np.uint8)
+    assert cost.cache_bytes(sliding, 4).of(routes) == cost.cache_bytes(full, 4).of(routes)
+    assert cost.cache_bytes(sliding, 100).of(routes) * 200 == cost.cache_bytes(full, 100).of(routes) * 104
+
+
+def test_tables_add():
+    one = cost.RouteTable(1, np.arange(6).reshape(2, 3))
+    assert (one + one).of(np.array([2, 0], np.uint8)) == 2 * one.of(np.array([2, 0], np.uint8)) == 2 * (1 + 2 + 3)
