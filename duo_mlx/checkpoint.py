@@ -18,6 +18,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
 
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model, ModelArgs
@@ -124,12 +125,16 @@ def _check_safetensors(file: Path) -> None:
 
 def read_tokenizer(directory: Path, config: dict[str, Any]) -> TokenizerWrapper:
     """The directory's tokenizer in mlx-lm's wrapper; code from the directory is refused."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns of every model_type that is not its own
     try:
         return load_tokenizer(
             directory, {"trust_remote_code": False, "local_files_only": True}, eos_token_ids=config.get("eos_token_id")
         )
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
         raise DuoError(f"{directory}: the tokenizer cannot be read: {_one_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def save(directory: Path, config: dict[str, Any], weights: dict[str, mx.array]) -> None:

@@ -70,11 +70,9 @@ def test_a_host_known_route_waits_once_a_token(loaded, spec, monkeypatch):
     for name in ("item", "tolist", "__array__", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(mx.array, name, counted(getattr(mx.array, name), waits, name))
     monkeypatch.setattr(mx, "eval", counted(mx.eval, waits, "eval"))
-    before = []
-    for _ in duo_mlx.stream_generate(model, tokenizer, PROMPT, route=spec, max_tokens=10):
-        before.append(len(waits))
-    decoding = [name for name in waits[before[0] :]]
-    assert decoding == ["item"] * 9, "after the first token: one wait for each of the nine others"
+    responses = duo_mlx.stream_generate(model, tokenizer, PROMPT, route=spec, max_tokens=10)
+    before = [len(waits) for _ in responses]
+    assert waits[before[0] :] == ["item"] * 9, "after the first token: one wait for each of the nine others"
 
 
 def counted(function, calls, name):

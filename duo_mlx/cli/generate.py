@@ -112,11 +112,11 @@ def command(
         raise DuoError("interrupted before the first token")
     if as_json:
         click.echo(run.json())
-        return
-    click.echo()
-    if painter:
-        painter.finish()
-    click.echo(run.summary(), err=True)
+    else:
+        click.echo()
+        if painter:
+            painter.finish()
+        click.echo(run.summary(), err=True)
     if run.interrupted:
         sys.exit(130)
 
