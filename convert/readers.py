@@ -83,7 +83,8 @@ def _read_shards(index: Path) -> Weights:
 def _read_safetensors(file: Path) -> Weights:
     try:
         with safe_open(file, framework="numpy"):  # checks the header and the file's length, which MLX does not
-            return dict(mx.load(str(file)).items())
+            tensors: Any = mx.load(str(file))
+            return dict(tensors)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise DuoError(f"{file}: is damaged or no safetensors file ({' '.join(str(error).split())})") from None
 

@@ -5,6 +5,7 @@ with one line on stderr; 130 after Ctrl-C. Every other exception is a defect and
 """
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -49,10 +50,11 @@ class LazyGroup(click.Group):
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """Run the command line; see the module for its exit codes. Errors pass through without ``standalone_mode``."""
+        run: Callable[..., Any] = super().main
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **kwargs)
+            return run(*args, standalone_mode=False, **kwargs)
         try:
-            result = super().main(*args, standalone_mode=False, **kwargs)
+            result = run(*args, standalone_mode=False, **kwargs)
         except click.Abort as abort:
             if isinstance(abort.__cause__, EOFError):  # click takes it for the end of a dialogue; there is none here
                 raise abort.__cause__ from None
