@@ -98,8 +98,8 @@ def _read_pickle(file: Path) -> Weights:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except Exception as error:  # the unpickler raises whatever damaged bytes lead it to
         if "weights_only" in str(error).lower() or "Unsupported" in str(error):
-            raise DuoError(f"{file}: holds more than tensors; it is not loaded, as that could run code") from None
-        raise DuoError(f"{file}: is damaged or no PyTorch checkpoint ({type(error).__name__})") from None
+            raise DuoError(f"{file}: holds more than tensors; it is not loaded, as that could run code") from error
+        raise DuoError(f"{file}: is damaged or no PyTorch checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise DuoError(f"{file}: is no state dict, a dict from name to tensor")
     return {str(name): to_mlx(value) for name, value in state.items()}

@@ -45,7 +45,7 @@ def write(source: Path, destination: Path, vocab_size: int) -> None:
         try:
             made = Tokenizer.from_file(str(origin))
         except Exception as error:  # tokenizers raises the bare class
-            raise DuoError(f"{origin}: is damaged or no tokenizer ({error})") from None
+            raise DuoError(f"{origin}: is damaged or no tokenizer ({error})") from error
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, destination / name)

@@ -16,7 +16,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -65,7 +64,9 @@ def parse_args() -> argparse.Namespace:
     training.add_argument("--clip", type=float, default=1.0)
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--eval-every", type=int, default=500, help="steps between validations and checkpoints")
-    training.add_argument("--eval-windows", type=int, default=24, help="validation windows while training (all at the end)")
+    training.add_argument(
+        "--eval-windows", type=int, default=24, help="validation windows while training; at the end all"
+    )
     training.add_argument("--stop-at", type=int, help="save a checkpoint at this step and stop")
     args = parser.parse_args()
     if not math.isclose(args.p_big + args.p_small + args.p_skip, 1.0, abs_tol=1e-6):
@@ -74,8 +75,8 @@ def parse_args() -> argparse.Namespace:
         if not path.is_file():
             parser.error(f"{path}: no such text file")
     if args.resume != (args.out / "checkpoint.pt").exists():
-        found = "holds no checkpoint.pt to resume" if args.resume else "holds a checkpoint.pt: give --resume or another --out"
-        parser.error(f"{args.out} {found}")
+        missing = f"{args.out} holds no checkpoint.pt to resume"
+        parser.error(missing if args.resume else f"{args.out} holds a checkpoint.pt: give --resume or another --out")
     return args
 
 
@@ -90,9 +91,10 @@ def tokenizer_for(texts: list[str], out: Path, vocab: int) -> sentencepiece.Sent
     """Train OUT/tokenizer.model on the training text unless it is there already."""
     model = out / "tokenizer.model"
     if not model.exists():
-        with open(model.with_suffix(".tmp"), "wb") as writer:
+        paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n")]
+        with model.with_suffix(".tmp").open("wb") as writer:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(line for text in texts for paragraph in text.split("\n\n") if (line := " ".join(paragraph.split()))),
+                sentence_iterator=(line for paragraph in paragraphs if (line := " ".join(paragraph.split()))),
                 model_writer=writer,
                 vocab_size=vocab,
                 model_type="bpe",
@@ -101,7 +103,7 @@ def tokenizer_for(texts: list[str], out: Path, vocab: int) -> sentencepiece.Sent
                 max_sentence_length=1 << 16,
                 minloglevel=2,
             )
-        os.replace(model.with_suffix(".tmp"), model)
+        model.with_suffix(".tmp").replace(model)
     return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
 
@@ -148,7 +150,9 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
     return args.lr * (args.final_lr + (1 - args.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def training_step(model: DuoModel, optimizer: torch.optim.Optimizer, stream: Tensor, step: int, args: argparse.Namespace) -> float:
+def training_step(
+    model: DuoModel, optimizer: torch.optim.Optimizer, stream: Tensor, step: int, args: argparse.Namespace
+) -> float:
     """One step of AdamW on windows and routes that depend on the seed and ``step`` alone."""
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
@@ -168,7 +172,7 @@ def training_step(model: DuoModel, optimizer: torch.optim.Optimizer, stream: Ten
 def save(path: Path, value: object) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(value, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -210,6 +214,7 @@ def main() -> None:
     tokenizer = tokenizer_for(list(train_texts), args.out, args.vocab)
     stream = torch.cat([torch.tensor(tokenizer.encode(text)) for text in train_texts])
     windows = windows_of(list(held_out_texts), tokenizer, args.length)
+    held_out_tokens = sum(len(tokenizer.encode(text)) for text in held_out_texts)
     model, optimizer = build(args, tokenizer.vocab_size())
     steps, start = math.ceil(args.tokens / (args.batch * args.length)), 0
     if args.resume:
@@ -218,14 +223,15 @@ def main() -> None:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"{parameters:,} parameters; {len(stream):,} training tokens, {windows[:, 1:].numel():,} held out; {steps:,} steps")
+    console.print(f"{parameters:,} parameters; {len(stream):,} training tokens, {windows[:, 1:].numel():,} held out")
 
     stop = min(steps, args.stop_at or steps)
     spread = torch.linspace(0, len(windows) - 1, min(args.eval_windows, len(windows))).long()
     losses: list[float] = []
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with (
-        open(args.out / "log.csv", "a" if args.resume else "w", newline="") as file,
-        Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"), console=console) as progress,
+        (args.out / "log.csv").open("a" if args.resume else "w", newline="") as file,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
     ):
         log = csv.DictWriter(file, LOG_COLUMNS)
         if not args.resume:
@@ -242,21 +248,34 @@ def main() -> None:
             if done % args.eval_every == 0 or done == stop:
                 speed = len(losses) * args.batch * args.length / (time.perf_counter() - since)
                 held_out = validate(model, windows[spread], args)
-                save(args.out / "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done})
-                row = {"step": done, "tokens": done * args.batch * args.length, "lr": f"{lr:.3g}", "train_loss": sum(losses) / len(losses)}
-                row |= held_out | {"tokens_per_s": round(speed)}
-                log.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+                save(args.out / "checkpoint.pt", state)
+                row = {"step": str(done), "tokens": str(done * args.batch * args.length), "lr": f"{lr:.3g}"}
+                row |= {"train_loss": f"{sum(losses) / len(losses):.4f}"}
+                row |= {name: f"{loss:.4f}" for name, loss in held_out.items()} | {"tokens_per_s": f"{speed:.0f}"}
+                log.writerow(row)
                 file.flush()
-                console.print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+                console.print("  ".join(f"{key} {value}" for key, value in row.items()), soft_wrap=True)
                 losses, since = [], time.perf_counter()
     if stop < steps:
         console.print(f"stopped at step {stop} of {steps}; continue with --resume")
         return
     final = validate(model, windows, args)
+    bytes_per_token = sum(len(text.encode()) for text in held_out_texts) / held_out_tokens
+    record = {
+        "recipe": vars(args) | {"text": [path.name for path in args.text], "out": None},
+        "parameters": parameters,
+        "steps": steps,
+        "held_out_bytes_per_token": bytes_per_token,
+        "validation_nats_per_token": final,
+        "validation_bits_per_byte": {name: loss / math.log(2) / bytes_per_token for name, loss in final.items()},
+    }
     save(args.out / "pytorch_model.bin", model.state_dict())
-    recipe = vars(args) | {"text": [path.name for path in args.text], "out": None}
-    write_json(args.out / "training.json", {"recipe": recipe, "parameters": parameters, "steps": steps, "validation_nats_per_token": final})
-    console.print("validation, nats a token: " + ", ".join(f"all-{name} {loss:.4f}".replace("all-random", "random") for name, loss in final.items()))
+    write_json(args.out / "training.json", record)
+    for name, loss in record["validation_nats_per_token"].items():
+        console.print(
+            f"held out, {name}: {loss:.4f} nats a token, {record['validation_bits_per_byte'][name]:.4f} bits a byte"
+        )
     console.print(f"wrote {args.out}; next: duo-mlx convert {args.out} MODEL")
 
 

@@ -61,7 +61,9 @@ def test_half_big_half_small_counts():
     found = json.loads(done.stdout)
     assert found["generation_tokens"] == 40 and found["finish_reason"] == "length"
     assert found["routes"] == {"big": 240, "small": 240, "skip": 0}
-    assert found["routes_per_layer"] == [{"big": 40, "small": 0, "skip": 0}] * 6 + [{"big": 0, "small": 40, "skip": 0}] * 6
+    assert (
+        found["routes_per_layer"] == [{"big": 40, "small": 0, "skip": 0}] * 6 + [{"big": 0, "small": 40, "skip": 0}] * 6
+    )
     known = set(HELD_OUT.lower().replace(",", " ").replace(".", " ").split())
     words = found["text"].lower().replace(",", " ").replace(".", " ").split()
     assert len(words) > 20 and sum(word in known for word in words) / len(words) > 0.5

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from duo_mlx.convert.reference import DuoConfig, DuoModel
 from mlx.utils import tree_flatten
+
+from duo_mlx.convert.reference import DuoConfig, DuoModel
 
 TOLERANCE = 1e-4  # maximum absolute difference of fp32 logits
 LAYERS, VOCAB = 4, 32
