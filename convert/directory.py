@@ -38,12 +38,32 @@ class MisfitError(DuoError):
         self.misfits = misfits
 
 
-def compare(weights: readers.Weights, args: ModelArgs) -> list[Misfit]:
+def compare(weights: readers.Weights, model: Model) -> list[Misfit]:
     """What is missing, left over or of the wrong shape."""
-    expected = {name: value.shape for name, value in checkpoint.parameters(Model(args)).items()}
+    expected = {name: value.shape for name, value in checkpoint.parameters(model).items()}
     found = {name: value.shape for name, value in weights.items()}
     names = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
     return [Misfit(name, found.get(name), expected.get(name)) for name in names]
+
+
+def _model(args: ModelArgs) -> Model:
+    """The model with weights that are never computed: it is there for their names and shapes."""
+    try:
+        return Model(args)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:  # mlx-lm's and MLX's word for bad settings
+        raise DuoError(f"config.json: no model can be made of it: {' '.join(str(error).split())}") from error
+
+
+def _check_tied_head(source: Path, weights: readers.Weights, args: ModelArgs) -> None:
+    """A tied head is dropped from the weights, so it must not be another one."""
+    head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
+    if not args.tie_word_embeddings or head is None or embedding is None:
+        return
+    if head.shape != embedding.shape or not mx.array_equal(head, embedding).item():
+        raise DuoError(
+            f"{source}: lm_head.weight is not model.embed_tokens.weight, so config.json must say "
+            '"tie_word_embeddings": false'
+        )
 
 
 def convert(
@@ -72,19 +92,25 @@ def convert(
         DuoError: see `duo_mlx.convert.readers`; `MisfitError`: the tensors do not fit the configuration.
     """
     inside = source if source.is_dir() else source.parent
-    if destination.resolve() in (inside.resolve(), *inside.resolve().parents):
-        raise DuoError(f"{destination}: is or holds the source {source}; give another destination")
+    for read in (inside, *([config] if config else [])):
+        if read.resolve().is_relative_to(destination.resolve()):
+            raise DuoError(f"{destination}: is or holds the source {read}; give another destination")
+    if source.is_dir() and destination.resolve().is_relative_to(source.resolve()):
+        raise DuoError(f"{destination}: lies inside the source {source}; give another destination")
     with output_directory(destination, force) as directory:
         settings = readers.read_config(source, config)
         if default_route is not None:
             settings["default_route"] = default_route
         args = ModelArgs.from_dict(settings)
+        model = _model(args)
         weights = readers.read(source)
-        kept = Model(args).sanitize(weights)
-        if misfits := compare(kept, args):
+        _check_tied_head(source, weights, args)
+        kept = model.sanitize(weights)
+        if misfits := compare(kept, model):
             raise MisfitError(source, misfits)
         if dtype is not None:
             kept = {name: value.astype(dtype) for name, value in kept.items()}
+            settings |= {key: str(dtype).rpartition(".")[2] for key in ("dtype", "torch_dtype") if key in settings}
         checkpoint.save(directory, settings, kept)
         tokenizer.write(inside, directory, args.vocab_size)
         if verify is not None:

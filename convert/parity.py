@@ -39,7 +39,7 @@ def measure(
     """Parity for big, small, skip and random routes, on random tokens ``[batch, tokens]``.
 
     Raises:
-        DuoError: PyTorch is not installed.
+        DuoError: PyTorch is not installed, or its reference lacks an option of this configuration.
     """
     try:
         import torch
@@ -48,8 +48,13 @@ def measure(
     except ImportError:
         raise DuoError("--verify needs PyTorch: pip install 'duo-mlx[torch]'") from None
     args = ModelArgs.from_dict(config)
+    if "sliding_attention" in args.layer_types:
+        raise DuoError("--verify: the PyTorch reference knows no sliding_attention; convert without it")
     with torch.no_grad():
-        reference = DuoModel(DuoConfig.from_dict(config)).eval()
+        try:
+            reference = DuoModel(DuoConfig.from_dict(config)).eval()
+        except ValueError as error:
+            raise DuoError(f"--verify: {error}; convert without it") from None
         reference.load_state_dict({name: to_torch(value).float() for name, value in weights.items()}, strict=False)
         model, _ = checkpoint.load(directory, dtype=mx.float32)
         tokens = min(tokens, args.max_position_embeddings or tokens)

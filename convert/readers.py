@@ -1,7 +1,7 @@
 """Reading checkpoints: names and tensors from a file or a directory, whoever wrote it.
 
-A pickle is read with ``weights_only=True`` and needs PyTorch; safetensors needs nothing but MLX. Data types are kept
-bit for bit.
+A pickle is read with ``weights_only=True`` and needs PyTorch; safetensors needs nothing but MLX. float32, float16 and
+bfloat16 are kept bit for bit; a tensor of any other type is refused by name, as MLX would change or misread it.
 """
 
 import json
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Weights = dict[str, mx.array]
 
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and everyone else's
 PICKLES = (".pt", ".pth", ".bin")
 # what a directory may hold, the first that is there is read
 NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -32,19 +33,21 @@ def read(source: Path) -> Weights:
             with one of `NAMES` or a single weights file.
 
     Raises:
-        DuoError: there are no weights, they are damaged, or reading them would run code.
+        DuoError: there are no weights, they are damaged or of another type, or reading them would run code.
     """
     if source.is_dir():
         source = _weights_file(source)
-    if source.name.endswith(".index.json"):
-        return _read_shards(source)
-    if not source.is_file():
-        raise DuoError(f"{source}: there is no such file or directory")
-    if source.suffix == ".safetensors":
-        return _read_safetensors(source)
-    if source.suffix in PICKLES:
-        return _read_pickle(source)
-    raise DuoError(f"{source}: is no weights file; known are .safetensors, {', '.join(PICKLES)} and *.index.json")
+    return _read_shards(source) if source.name.endswith(".index.json") else _read_file(source)
+
+
+def _read_file(file: Path) -> Weights:
+    if not file.is_file():
+        raise DuoError(f"{file}: there is no such file or directory")
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    if file.suffix in PICKLES:
+        return _read_pickle(file)
+    raise DuoError(f"{file}: is no weights file; known are .safetensors, {', '.join(PICKLES)} and *.index.json")
 
 
 def _weights_file(directory: Path) -> Path:
@@ -63,6 +66,8 @@ def _read_shards(index: Path) -> Weights:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
+        if not all(isinstance(shard, str) for shard in shards):
+            raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DuoError(f"{index}: is no index with a weight_map from tensor to file") from None
     weights: Weights = {}
@@ -71,7 +76,7 @@ def _read_shards(index: Path) -> Weights:
             raise DuoError(f"{index}: names {shard!r}, which is not a file beside it")
         if not (index.parent / shard).is_file():
             raise DuoError(f"{index}: names {shard}, which is not there")
-        tensors = read(index.parent / shard)
+        tensors = _read_file(index.parent / shard)
         if twice := sorted(tensors.keys() & weights.keys()):
             raise DuoError(f"{index.parent / shard}: holds {twice[0]}, which another shard holds, too")
         weights |= tensors
@@ -82,7 +87,10 @@ def _read_shards(index: Path) -> Weights:
 
 def _read_safetensors(file: Path) -> Weights:
     try:
-        with safe_open(file, framework="numpy"):  # checks the header and the file's length, which MLX does not
+        with safe_open(file, framework="numpy") as opened:  # checks the header and the file's length, as MLX does not
+            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                if (kind := opened.get_slice(name).get_dtype()) not in DTYPES:
+                    raise _unknown_type(file, name, kind)
             tensors: Any = mx.load(str(file))
             return dict(tensors)
     except (SafetensorError, OSError, RuntimeError) as error:
@@ -102,7 +110,14 @@ def _read_pickle(file: Path) -> Weights:
         raise DuoError(f"{file}: is damaged or no PyTorch checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise DuoError(f"{file}: is no state dict, a dict from name to tensor")
+    for name, value in state.items():
+        if (kind := str(value.dtype).removeprefix("torch.")) not in DTYPES.values() or value.layout != torch.strided:
+            raise _unknown_type(file, name, kind if value.layout == torch.strided else "sparse")
     return {str(name): to_mlx(value) for name, value in state.items()}
+
+
+def _unknown_type(file: Path, name: str, kind: str) -> DuoError:
+    return DuoError(f"{file}: {name} is {kind}; weights must be {', '.join(DTYPES.values())}")
 
 
 def _is_zip(file: Path) -> bool:
@@ -135,6 +150,8 @@ def read_config(source: Path, config: Path | None) -> dict[str, Any]:
     Raises:
         DuoError: there is none, or it is no JSON object.
     """
+    if not source.exists():
+        raise DuoError(f"{source}: there is no such file or directory")
     if config is None and source.is_file() and not (source.parent / "config.json").is_file():
         raise DuoError(f"{source}: has no config.json beside it; give one with --config FILE")
     file = config or (source if source.is_dir() else source.parent) / "config.json"
