@@ -1,5 +1,7 @@
 """Tokenizer files for a model directory: copied where there is a tokenizer.json, else made from a tokenizer.model.
 
+A GGUF file has its tokenizer in its metadata, see `duo_mlx.convert.gguf_tokenizer`.
+
 What is made from a sentencepiece model gives sentencepiece's token ids, special tokens included: a ``</s>`` that stands
 in a text is text. It adds neither bos nor eos. The normalisation is the `tokenizers` library's ``Precompiled``, which
 looks at grapheme clusters: a letter with an accent written as a character of its own may come out differently.
@@ -15,6 +17,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
+from duo_mlx.convert.tensors import Checkpoint
 from duo_mlx.errors import DuoError
 
 COPIED = (
@@ -31,6 +34,23 @@ COPIED = (
 )
 CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 SPACE = "\u2581"  # what sentencepiece writes for a space
+
+
+def write_tokenizer(checkpoint: Checkpoint, destination: Path, vocab_size: int) -> None:
+    """Bring the tokenizer of ``checkpoint`` into ``destination``, for a model of ``vocab_size`` embeddings.
+
+    A tokenizer.json beside a GGUF file is taken if it has the file's own tokens.
+
+    Raises:
+        DuoError: as `write` and `duo_mlx.convert.gguf_tokenizer.write`.
+    """
+    from duo_mlx.convert import gguf_tokenizer  # which builds on this module
+
+    file = checkpoint.files[0]
+    if checkpoint.format == "GGUF" and not gguf_tokenizer.is_beside(file):
+        gguf_tokenizer.write(file, destination, vocab_size)
+    else:
+        write(file.parent, destination, vocab_size)
 
 
 def write(source: Path, destination: Path, vocab_size: int) -> None:
@@ -75,25 +95,39 @@ def from_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, Any]]:
             another algorithm than BPE, user-defined symbols, whitespace as a suffix, a normalisation of its own.
     """
     proto = sentencepiece_model_pb2.ModelProto()
-    processor = sentencepiece.SentencePieceProcessor()
     try:
-        content = file.read_bytes()
-        proto.ParseFromString(content)
-        processor.LoadFromSerializedProto(content)
-    except (DecodeError, RuntimeError) as error:
+        proto.ParseFromString(file.read_bytes())
+        return from_proto(proto)
+    except DecodeError as error:
         raise DuoError(f"{file}: is damaged or no sentencepiece model ({' '.join(str(error).split())})") from None
-    try:
-        tokenizer = Tokenizer(_bpe(proto))
-        tokenizer.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec))
     except DuoError as error:
         raise DuoError(f"{file}: {error}") from None
+
+
+def from_proto(proto: Any, added: bool = False) -> tuple[Tokenizer, dict[str, Any]]:
+    """As `from_sentencepiece`, from a ``ModelProto``.
+
+    Args:
+        proto: the model.
+        added: read user-defined symbols as a tokenizer.json's added tokens, which llama.cpp does, too: unlike in
+            sentencepiece, the text after one begins anew.
+    """
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(proto.SerializeToString())
+    except (RuntimeError, ValueError) as error:
+        raise DuoError(f"is damaged or no sentencepiece model ({' '.join(str(error).split())})") from None
+    kind = proto.SentencePiece
+    tokenizer = Tokenizer(_bpe(proto, added))
+    tokenizer.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec))
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if proto.normalizer_spec.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
-    kinds = (proto.SentencePiece.CONTROL, proto.SentencePiece.UNKNOWN)
-    special = [piece.piece for piece in proto.pieces if piece.type in kinds]
+    special = [piece.piece for piece in proto.pieces if piece.type in (kind.CONTROL, kind.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
+    plain = [piece.piece for piece in proto.pieces if piece.type == kind.USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in plain])
     # split_special_tokens is transformers' word for reading special tokens in a text as text
     config: dict[str, Any] = {**CONFIG, "split_special_tokens": True}
     for role in ("unk", "bos", "eos", "pad"):
@@ -103,7 +137,7 @@ def from_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer, config
 
 
-def _bpe(proto: Any) -> models.BPE:
+def _bpe(proto: Any, added: bool) -> models.BPE:
     kind, trainer = proto.SentencePiece, proto.trainer_spec
     if trainer.model_type != trainer.BPE:
         raise DuoError(
@@ -111,14 +145,17 @@ def _bpe(proto: Any) -> models.BPE:
         )
     if trainer.treat_whitespace_as_suffix:
         raise DuoError("treats whitespace as a suffix, which a tokenizer.json cannot say")
-    for what, name in ((kind.USER_DEFINED, "user-defined"), (kind.UNUSED, "unused")):
-        if found := [piece.piece for piece in proto.pieces if piece.type == what]:
+    vocab = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == kind.NORMAL}
+    refused = [("unused", [p.piece for p in proto.pieces if p.type == kind.UNUSED and _reachable(p.piece, normal)])]
+    if not added:
+        refused.append(("user-defined", [piece.piece for piece in proto.pieces if piece.type == kind.USER_DEFINED]))
+    for name, found in refused:
+        if found:
             raise DuoError(
                 f"has {name} symbols ({', '.join(found[:3])}), which a tokenizer.json reads differently; "
                 "put a tokenizer.json of your own beside it"
             )
-    vocab = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == kind.NORMAL}
     long = sorted((piece for piece in normal if len(piece) > 1), key=lambda piece: -normal[piece])
     if len({normal[piece] for piece in long}) < len(long):
         raise DuoError("has pieces of equal score, so the order of its merges is not known")
@@ -131,6 +168,11 @@ def _bpe(proto: Any) -> models.BPE:
         fuse_unk=True,
         byte_fallback=any(piece.type == kind.BYTE for piece in proto.pieces),
     )
+
+
+def _reachable(piece: str, known: dict[str, float]) -> bool:
+    """Whether sentencepiece may come to ``piece`` at all."""
+    return len(piece) == 1 or bool(_merges(piece, known))
 
 
 def _merges(piece: str, known: dict[str, float]) -> list[tuple[str, str]]:

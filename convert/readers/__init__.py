@@ -1,0 +1,51 @@
+"""Reading checkpoints, whoever wrote them: names, shapes and types at once, each tensor when it is asked for.
+
+A pickle is read with ``weights_only=True`` and needs PyTorch; the other formats need nothing but MLX and NumPy.
+float32, float16 and bfloat16 are kept bit for bit, GGUF's Q8_0, Q4_0 and Q4_1 become float32, and a tensor of any other
+type is refused by name, as it would be changed or misread.
+"""
+
+from pathlib import Path
+
+from duo_mlx.convert.readers import hub
+from duo_mlx.convert.readers.local import open_local
+from duo_mlx.convert.tensors import Checkpoint
+from duo_mlx.errors import DuoError
+
+
+def open_checkpoint(
+    source: str | Path, *, config: Path | None = None, revision: str | None = None, bare: bool = False
+) -> Checkpoint:
+    """What a checkpoint holds; nothing of it is loaded.
+
+    Args:
+        source: a ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` or ``.gguf`` file, an ``.index.json`` of shards, a
+            directory with such, or a hub id: OWNER/NAME, or OWNER/NAME:FILE for one weights file of a repository.
+        config: a config.json in place of the checkpoint's own.
+        revision: branch, tag or commit of a hub id.
+        bare: a checkpoint without a config.json has an empty configuration, in place of being refused.
+
+    Raises:
+        DuoError: there is no such checkpoint, it is damaged or incomplete, holds tensors of another type, or reading
+            it would run code.
+    """
+    path = Path(source)
+    # a Path has lost nothing of a hub id: OWNER/NAME has no part that it would fold
+    named = None if path.exists() else hub.parse(str(source))
+    if named is not None:
+        directory, weights = hub.fetch(*named, revision)
+        return open_local(directory, config, weights, bare)
+    if revision is not None:
+        raise DuoError(f"--revision: {source} is no hub id (OWNER/NAME)")
+    return open_local(path, config, bare=bare)
+
+
+# TEMPORARY, until directory.py, parity.py and their tests are rewritten: the old interface on the new readers
+from duo_mlx.convert.readers.local import read_config  # noqa: E402, F401
+from duo_mlx.convert.tensors import to_mlx, to_torch  # noqa: E402, F401
+
+Weights = dict
+
+
+def read(source: Path) -> Weights:
+    return {name: tensor.load() for name, tensor in open_local(source, None, bare=True).tensors.items()}
