@@ -1,0 +1,488 @@
+"""Key maps: bijections by property, names and layouts against transformers and MLX, and rules that a user writes."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from duo_mlx.convert import keymaps
+from duo_mlx.convert.keymaps import rope
+from duo_mlx.convert.keymaps.base import split
+from duo_mlx.convert.plan import expected_shapes
+from duo_mlx.convert.tensors import DTYPES, Tensor, to_mlx
+from duo_mlx.errors import DuoError
+from duo_mlx.model import Model, ModelArgs
+
+
+@st.composite
+def models(draw):
+    """A config.json and whether its model is dense."""
+    kv_heads, head_dim = draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 6]))
+    heads = kv_heads * draw(st.integers(1, 3))
+    explicit = draw(st.booleans())
+    return {
+        "hidden_size": draw(st.integers(1, 5)) if explicit else heads * head_dim,
+        "head_dim": head_dim if explicit else None,
+        "num_hidden_layers": draw(st.integers(1, 2)),
+        "intermediate_size": draw(st.integers(1, 5)),
+        "small_intermediate_size": draw(st.integers(1, 3)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads if kv_heads != heads else draw(st.sampled_from([None, heads])),
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 3,
+        "attention_bias": draw(st.booleans()),
+        "mlp_bias": draw(st.booleans()),
+        "tie_word_embeddings": draw(st.booleans()),
+        "rope_traditional": draw(st.booleans()),
+    }, draw(st.booleans())
+
+
+def filled(shapes, dtype, seed=0):
+    """Tensors of random bits, so that NaNs and infinities are among them."""
+    random = np.random.default_rng(seed)
+    kind = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}[dtype]
+    bits = {name: random.integers(0, np.iinfo(kind).max, shape, kind) for name, shape in shapes.items()}
+    return {name: Tensor.of(mx.array(value).view(getattr(mx, dtype))) for name, value in bits.items()}
+
+
+def bits(tensor):
+    array = tensor.load()
+    assert array.shape == tensor.shape and str(array.dtype) == f"mlx.core.{tensor.dtype}"
+    return np.array(array.view({2: mx.uint16, 4: mx.uint32}[array.dtype.size]))
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert tensor == b[name]
+        np.testing.assert_array_equal(bits(tensor), bits(b[name]), err_msg=name)
+
+
+def multiset(tensors):
+    return np.sort(np.concatenate([bits(tensor).ravel() for tensor in tensors.values()]))
+
+
+@pytest.mark.parametrize("layout", [None, *keymaps.LAYOUTS])
+@pytest.mark.parametrize("name", keymaps.NAMES)
+@given(model=models(), dtype=st.sampled_from(DTYPES))
+@settings(max_examples=50, deadline=None)
+def test_every_map_is_a_bijection(name, layout, model, dtype):
+    config, dense = model
+    keymap, dense = keymaps.named(name, layout), dense or name == "gguf"
+    canonical = filled(expected_shapes(ModelArgs.from_dict(config), dense), dtype)
+    theirs = keymap.from_canonical(canonical, config)
+    assert_same(keymap.to_canonical(theirs, config), canonical)
+    np.testing.assert_array_equal(multiset(theirs), multiset(canonical))
+    others = filled({key: tensor.shape for key, tensor in theirs.items()}, dtype, seed=1)
+    assert_same(keymap.from_canonical(keymap.to_canonical(others, config), config), others)
+    assert keymaps.detect(theirs).name == name
+
+
+LLAMA = """
+tok_embeddings.weight                     model.embed_tokens.weight
+norm.weight                               model.norm.weight
+output.weight                             lm_head.weight
+layers.11.attention_norm.weight           model.layers.11.input_layernorm.weight
+layers.11.ffn_norm.weight                 model.layers.11.post_attention_layernorm.weight
+layers.11.attention.wq.weight             model.layers.11.self_attn.q_proj.weight
+layers.11.attention.wk.bias               model.layers.11.self_attn.k_proj.bias
+layers.11.attention.wv.weight             model.layers.11.self_attn.v_proj.weight
+layers.11.attention.wo.weight             model.layers.11.self_attn.o_proj.weight
+"""
+LLAMA_DENSE = """
+layers.2.feed_forward.w1.weight           model.layers.2.mlp.gate_proj.weight
+layers.2.feed_forward.w2.bias             model.layers.2.mlp.down_proj.bias
+layers.2.feed_forward.w3.weight           model.layers.2.mlp.up_proj.weight
+"""
+LLAMA_DUO = """
+layers.2.feed_forward.big.w1.weight       model.layers.2.mlp.big.gate_proj.weight
+layers.2.feed_forward.big.w2.bias         model.layers.2.mlp.big.down_proj.bias
+layers.2.feed_forward.small.w3.weight     model.layers.2.mlp.small.up_proj.weight
+layers.2.feed_forward.router.weight       model.layers.2.mlp.router.weight
+"""
+# read, never written
+LLAMA_BESIDE = """
+layers.2.feed_forward.w1.weight           model.layers.2.mlp.big.gate_proj.weight
+layers.2.feed_forward.w2.bias             model.layers.2.mlp.big.down_proj.bias
+layers.2.feed_forward_small.w3.weight     model.layers.2.mlp.small.up_proj.weight
+layers.3.feed_forward.w1.weight           model.layers.3.mlp.big.gate_proj.weight
+layers.3.small_feed_forward.w2.weight     model.layers.3.mlp.small.down_proj.weight
+layers.4.feed_forward.w1.weight           model.layers.4.mlp.big.gate_proj.weight
+"""
+GGUF = """
+token_embd.weight                         model.embed_tokens.weight
+output_norm.weight                        model.norm.weight
+output.weight                             lm_head.weight
+blk.10.attn_norm.weight                   model.layers.10.input_layernorm.weight
+blk.10.ffn_norm.weight                    model.layers.10.post_attention_layernorm.weight
+blk.10.attn_q.weight                      model.layers.10.self_attn.q_proj.weight
+blk.10.attn_k.bias                        model.layers.10.self_attn.k_proj.bias
+blk.10.attn_v.weight                      model.layers.10.self_attn.v_proj.weight
+blk.10.attn_output.weight                 model.layers.10.self_attn.o_proj.weight
+blk.10.ffn_gate.weight                    model.layers.10.mlp.gate_proj.weight
+blk.10.ffn_up.weight                      model.layers.10.mlp.up_proj.weight
+blk.10.ffn_down.bias                      model.layers.10.mlp.down_proj.bias
+"""
+SIZES = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 6, "small_intermediate_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "back"),
+    [
+        ("llama", LLAMA + LLAMA_DENSE, True),
+        ("llama", LLAMA + LLAMA_DUO, True),
+        ("llama", LLAMA_BESIDE, False),
+        ("gguf", GGUF, True),
+    ],
+)
+def test_names(name, names, back):
+    pairs = dict(line.split() for line in names.split("\n") if line)
+    tensors = {theirs: Tensor.of(mx.array([number])) for number, theirs in enumerate(pairs)}
+    canonical = keymaps.named(name).to_canonical(tensors, SIZES)
+    assert {ours: tensor.load().item() for ours, tensor in canonical.items()} == {
+        ours: number for number, ours in enumerate(pairs.values())
+    }
+    if back:
+        assert list(keymaps.named(name).from_canonical(canonical, SIZES)) == list(pairs)
+
+
+def test_llamas_own_table_is_dropped_and_what_is_unknown_passes():
+    one = Tensor.of(mx.ones(1))
+    given = {"rope.freqs": one, "layers.0.attention.wx.weight": one, "model.layers.0.mlp.router.weight": one}
+    assert keymaps.named("llama").to_canonical(given, SIZES).keys() == given.keys() - {"rope.freqs"}
+
+
+def test_two_tensors_of_one_name_are_an_error():
+    one = Tensor.of(mx.ones(1))
+    with pytest.raises(DuoError, match="^norm.weight and model.norm.weight are both model.norm.weight$"):
+        keymaps.named("llama").to_canonical({"norm.weight": one, "model.norm.weight": one}, SIZES)
+    layer = "layers.0.feed_forward"
+    spellings = {f"{layer}_small.w1.weight": one, f"{layer}.w1.weight": one, f"{layer}.big.w1.weight": one}
+    with pytest.raises(DuoError, match="are both model.layers.0.mlp.big.gate_proj.weight"):
+        keymaps.named("llama").to_canonical(spellings, SIZES)
+
+
+def test_gguf_has_no_names_for_a_duo():
+    with pytest.raises(DuoError, match="mlp.small.up_proj.weight: GGUF has no name for it"):
+        keymaps.named("gguf").from_canonical({"model.layers.0.mlp.small.up_proj.weight": Tensor.of(mx.ones(1))}, SIZES)
+
+
+def test_fused_names_are_those_of_transformers_phi3():
+    """Phi-3 is Llama with fused matrices: mlx-lm's llama with the split ones must give Phi-3's logits."""
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "intermediate_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 32,
+        "rms_norm_eps": 1e-5,
+    }
+    torch.manual_seed(0)
+    phi = Phi3ForCausalLM(
+        Phi3Config(**sizes, pad_token_id=0, initializer_range=0.3, attn_implementation="eager")
+    ).eval()
+    state = {name: Tensor.of(to_mlx(value)) for name, value in phi.state_dict().items()}
+    keymap = keymaps.detect(state)
+    assert keymap.name == "fused"
+    config = sizes | {"small_intermediate_size": 1, "tie_word_embeddings": False}
+    dense = keymap.to_canonical(state, config)
+    weights = {name.replace(".mlp.", ".mlp.big."): tensor.load() for name, tensor in dense.items()}
+    model = Model(ModelArgs.from_dict(config))
+    model.load_weights(list(weights.items()), strict=False)
+    tokens = np.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        theirs = phi(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(np.array(model(mx.array(tokens))), theirs, atol=1e-4)
+
+
+def test_partial_fusing_is_read():
+    config = {"hidden_size": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 3}
+    given = {
+        "model.layers.0.self_attn.qkv_proj.bias": Tensor.of(mx.arange(8.0)),
+        "model.layers.0.mlp.gate_proj.weight": Tensor.of(mx.ones((3, 4))),
+    }
+    found = keymaps.named("fused").to_canonical(given, config)
+    assert {name.rpartition("0.")[2]: tensor.load().tolist() for name, tensor in found.items()} == {
+        "self_attn.q_proj.bias": [0, 1, 2, 3],
+        "self_attn.k_proj.bias": [4, 5],
+        "self_attn.v_proj.bias": [6, 7],
+        "mlp.gate_proj.weight": [[1] * 4] * 3,
+    }
+    assert keymaps.named("fused").from_canonical(found, config).keys() == given.keys()
+    del found["model.layers.0.self_attn.k_proj.bias"]  # what is not complete is not fused
+    assert keymaps.named("fused").from_canonical(found, config).keys() == found.keys()
+
+
+def test_what_cannot_be_split_or_joined_is_named():
+    fused = keymaps.named("fused")
+    config = {"hidden_size": 4, "num_attention_heads": 2, "intermediate_size": 3}
+    with pytest.raises(DuoError, match=r"qkv_proj.weight \[9, 4\] cannot be split into \[4, 4, 4\] along axis 0"):
+        fused.to_canonical({"model.layers.0.self_attn.qkv_proj.weight": Tensor.of(mx.ones((9, 4)))}, config)
+    with pytest.raises(DuoError, match="config.json lacks small_intermediate_size"):
+        fused.to_canonical({"model.layers.0.mlp.small.gate_up_proj.weight": Tensor.of(mx.ones((2, 4)))}, config)
+    with pytest.raises(DuoError, match="num_attention_heads is '2'; it must be a positive integer"):
+        fused.to_canonical(
+            {"model.layers.0.self_attn.qkv_proj.weight": Tensor.of(mx.ones((9, 4)))},
+            config | {"num_attention_heads": "2"},
+        )
+    halves = {
+        "model.layers.0.mlp.gate_proj.weight": Tensor.of(mx.ones((3, 4))),
+        "model.layers.0.mlp.up_proj.weight": Tensor.of(mx.ones((3, 4), mx.float16)),
+    }
+    with pytest.raises(DuoError, match=r"gate_proj.weight \[3, 4\] float32 and .* float16 cannot be one tensor"):
+        fused.from_canonical(halves, config)
+
+
+def test_nothing_is_loaded_before_it_is_asked_for():
+    def refuse():
+        raise AssertionError("was loaded")
+
+    lazy = Tensor((8, 4), "float32", refuse)
+    q, _ = split("", lazy, [4, 4])
+    assert q.shape == (4, 4)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    config = {"hidden_size": 4, "num_attention_heads": 2, "head_dim": 4}
+    found = keymaps.named("canonical", "interleaved").to_canonical({name: lazy}, config)[name]
+    assert found.shape == (8, 4)
+    with pytest.raises(AssertionError, match="was loaded"):
+        found.load()
+
+
+def attention(x, q, k, bias, heads, kv_heads, traditional):
+    """Attention weights ``[heads, tokens, tokens]`` of ``x [tokens, hidden]``, with MLX's own RoPE."""
+
+    def rotated(weight, count, bias):
+        rows = (x @ weight.T + bias).reshape(1, len(x), count, -1).transpose(0, 2, 1, 3)
+        return mx.fast.rope(rows, rows.shape[-1], traditional=traditional, base=1e4, scale=1.0, offset=0)[0]
+
+    queries, keys = rotated(q, heads, bias[0]), rotated(k, kv_heads, bias[1])
+    return mx.softmax(queries @ mx.repeat(keys, heads // kv_heads, axis=0).swapaxes(1, 2), axis=-1)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 6), (6, 2, 4), (3, 1, 8)])
+def test_permuted_rows_give_the_same_attention(heads, kv_heads, head_dim):
+    mx.random.seed(0)
+    x = mx.random.normal((7, 5))
+    q, k = mx.random.normal((heads * head_dim, 5)), mx.random.normal((kv_heads * head_dim, 5))
+    biases = mx.random.normal((heads * head_dim,)), mx.random.normal((kv_heads * head_dim,))
+    expected = np.array(attention(x, q, k, biases, heads, kv_heads, traditional=True))
+    there_q, there_k = rope.interleaved_to_half(heads, head_dim), rope.interleaved_to_half(kv_heads, head_dim)
+    moved = there_q(q), there_k(k), (there_q(biases[0]), there_k(biases[1]))
+    found = np.array(attention(x, *moved, heads, kv_heads, traditional=False))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    unmoved = np.array(attention(x, q, k, biases, heads, kv_heads, traditional=False))
+    assert np.abs(unmoved - expected).max() > 1e-2  # the test can see a difference
+    back = rope.half_to_interleaved(heads, head_dim)
+    assert mx.array_equal(back(there_q(q)), q)
+
+
+@pytest.mark.parametrize("name", ["llama", "fused", "canonical"])
+def test_either_target_layout_gives_the_same_logits(tiny_config, name):
+    """Weights of an interleaved source: permuted for a model that runs halves, as they are for a traditional one."""
+    config = tiny_config(attention_bias=True)
+    source = {
+        name: Tensor.of(mx.random.normal(shape, key=mx.random.key(number)) / 2)
+        for number, (name, shape) in enumerate(expected_shapes(ModelArgs.from_dict(config)).items())
+    }
+    plain, keymap = keymaps.named(name, "half"), keymaps.named(name, "interleaved")
+    theirs = plain.from_canonical(source, config)  # renamed, not permuted
+    logits = []
+    for traditional in (True, False):
+        target = config | {"rope_traditional": traditional}
+        model = Model(ModelArgs.from_dict(target))
+        canonical = keymap.to_canonical(theirs, target)
+        if traditional:
+            assert_same(canonical, source)
+        model.load_weights([(key, tensor.load()) for key, tensor in canonical.items()])
+        logits.append(np.array(model(mx.array([[1, 2, 3, 4, 5, 6, 7]]))))
+    np.testing.assert_allclose(*logits, atol=1e-4)
+
+
+def test_canonical_weights_are_what_the_model_runs(tiny_config):
+    for traditional in (True, False):
+        config = tiny_config(rope_traditional=traditional)
+        tensors = filled(expected_shapes(ModelArgs.from_dict(config)), "float32")
+        assert_same(keymaps.named("canonical").to_canonical(tensors, config), tensors)
+        moved = keymaps.named("canonical", "half").to_canonical(tensors, config)
+        name = "model.layers.0.self_attn.k_proj.weight"
+        assert np.array_equal(bits(moved[name]), bits(tensors[name])) is not traditional
+
+
+def test_a_wrong_shape_is_left_to_the_plan_and_odd_heads_are_refused():
+    name = "layers.0.attention.wq.weight"
+    wrong = {name: Tensor.of(mx.ones((5, 4)))}
+    assert [t.shape for t in keymaps.named("llama").to_canonical(wrong, SIZES).values()] == [(5, 4)]
+    with pytest.raises(DuoError, match="heads of 3 channels cannot be rotated"):
+        keymaps.named("llama").to_canonical({name: Tensor.of(mx.ones((6, 4)))}, SIZES | {"head_dim": 3})
+
+
+def test_names_that_fit_nothing(tmp_path):
+    with pytest.raises(DuoError, match=r"w.pt: its names \(h.0.attn, h.1.attn, wpe ...\) fit none .* --key-map FILE$"):
+        keymaps.detect(["wte", "wpe", "h.0.attn", "h.1.attn"], tmp_path / "w.pt")
+    with pytest.raises(DuoError, match="no key map 'hf'; known are canonical, llama, fused, gguf"):
+        keymaps.named("hf")
+    with pytest.raises(DuoError, match="layout is 'neox'; it must be half or interleaved"):
+        keymaps.named("llama", "neox")
+
+
+# A GPT-NeoX-like checkpoint: q, k and v of each head together, matrices [in, out], an interleaved RoPE.
+NEOX = r"""
+[[rule]]
+from = 'h\.(\d+)\.qkv\.w'
+reshape = ["hidden", "heads", 3, "head_dim"]
+transpose = [2, 1, 3, 0]
+to = ['model.layers.\1.self_attn.q_proj.weight', 'model.layers.\1.self_attn.k_proj.weight',
+      'model.layers.\1.self_attn.v_proj.weight']
+shape = [-1, "hidden"]
+permute = "interleaved_to_half"
+heads = ["q", "kv", "none"]
+
+[[rule]]
+from = 'h\.(?P<layer>\d+)\.(?P<which>gate|up)_small'
+to = 'model.layers.\g<layer>.mlp.small.\g<which>_proj.weight'
+transpose = true
+
+[[rule]]
+from = 'h\.(\d+)\.ffn'
+to = ['model.layers.\1.mlp.big.gate_proj.weight', 'model.layers.\1.mlp.small.gate_proj.weight']
+sizes = ["big", "small"]
+axis = 1
+
+[[rule]]
+from = '.*table'
+drop = true
+"""
+
+
+def test_rules(tmp_path):
+    file = tmp_path / "neox.toml"
+    file.write_text(NEOX)
+    keymap = keymaps.from_file(file)
+    config = SIZES | {"num_attention_heads": 2}  # hidden 8, heads of 4
+    random = np.random.default_rng(0)
+    qkv, up, ffn = (random.standard_normal(shape).astype(np.float32) for shape in ((8, 24), (8, 2), (3, 8)))
+    given = {"h.7.qkv.w": qkv, "h.7.up_small": up, "h.7.ffn": ffn, "cos_table": up, "model.norm.weight": ffn[0]}
+    found = keymap.to_canonical({name: Tensor.of(mx.array(value)) for name, value in given.items()}, config)
+    q, k, v = (qkv.T.reshape(2, 3, 4, 8)[:, part] for part in range(3))
+    expected = {
+        "model.layers.7.self_attn.q_proj.weight": q[:, [0, 2, 1, 3]].reshape(8, 8),
+        "model.layers.7.self_attn.k_proj.weight": k[:, [0, 2, 1, 3]].reshape(8, 8),
+        "model.layers.7.self_attn.v_proj.weight": v.reshape(8, 8),
+        "model.layers.7.mlp.small.up_proj.weight": up.T,
+        "model.layers.7.mlp.big.gate_proj.weight": ffn[:, :6],
+        "model.layers.7.mlp.small.gate_proj.weight": ffn[:, 6:],
+        "model.norm.weight": ffn[0],
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].shape == value.shape
+        np.testing.assert_array_equal(np.array(found[name].load()), value, err_msg=name)
+    with pytest.raises(DuoError, match="neox.toml: rules lead to canonical names, not back"):
+        keymap.from_canonical(found, config)
+
+
+def test_equal_parts_are_the_default_and_the_layout_can_be_said(tmp_path):
+    file = tmp_path / "rules.toml"
+    file.write_text("[[rule]]\nfrom = '(.*)qkv(.*)'\nto = ['\\1q\\2', '\\1k\\2', '\\1v\\2']\n")
+    name = "model.layers.0.self_attn.{}_proj.bias"
+    given = {name.format("qkv"): Tensor.of(mx.arange(24.0))}
+    found = keymaps.from_file(file, "interleaved").to_canonical(given, SIZES)
+    assert found[name.format("k")].load().tolist() == [8, 10, 9, 11, 12, 14, 13, 15]
+    assert found[name.format("v")].load().tolist() == list(range(16, 24))
+
+
+WRONG = {
+    "key": ("from = 'a'\ninto = 'b'", "rule 2: 'into' is no key of a rule; known are from, to,"),
+    "no from": ("to = 'b'", "rule 2: from must be a regular expression"),
+    "no to": ("from = 'a'", "rule 2: needs a to"),
+    "expression": ("from = '('\nto = 'b'", "rule 2: from is no regular expression: missing"),
+    "group": ("from = '(a)'\nto = '\\2'", r"rule 2: to '\\\\2': invalid group reference"),
+    "named group": ("from = '(a)'\nto = '\\g<n>'", "rule 2: to .*: unknown group name 'n'"),
+    "group of flags": ("from = '(?x) (a) # b'\nto = '\\2'", "rule 2: to .*: invalid group"),
+    "sizes": ("from = 'a'\nto = ['b', 'c']\nsizes = [1]", "rule 2: to has 2 names, sizes 1"),
+    "size": ("from = 'a'\nto = 'b'\nreshape = ['wide']", "rule 2: reshape has 'wide'; a size is"),
+    "size 0": ("from = 'a'\nto = 'b'\nreshape = [0]", "rule 2: reshape has 0"),
+    "size true": ("from = 'a'\nto = 'b'\nshape = [true]", "rule 2: shape has True"),
+    "sizes -1": ("from = 'a'\nto = ['b', 'c']\nsizes = [1, -1]", "rule 2: sizes is .*; it may hold no -1"),
+    "two -1": ("from = 'a'\nto = 'b'\nreshape = [-1, -1]", "rule 2: reshape is .*; it may hold only one -1"),
+    "reshape": ("from = 'a'\nto = 'b'\nreshape = 3", "rule 2: reshape is 3; it must be a list"),
+    "axis": ("from = 'a'\nto = 'b'\naxis = -1", "rule 2: axis is -1"),
+    "transpose": ("from = 'a'\nto = 'b'\ntranspose = [0, 0]", "rule 2: transpose is .*; it must hold each axis once"),
+    "transpose text": ("from = 'a'\nto = 'b'\ntranspose = 'T'", "rule 2: transpose is 'T'; it must be true or a list"),
+    "permute": ("from = 'a'\nto = 'b'\npermute = 'x'\nheads = 'q'", "rule 2: permute is 'x'; it must be interleaved_"),
+    "no heads": ("from = 'a'\nto = 'b'\npermute = 'interleaved_to_half'", "rule 2: permute and heads"),
+    "heads": (
+        "from = 'a'\nto = 'b'\npermute = 'interleaved_to_half'\nheads = 'v'",
+        'rule 2: heads is .*; it must be "q"',
+    ),
+    "drop": ("from = 'a'\nto = 'b'\ndrop = true", "rule 2: drop = true goes with from alone"),
+    "drop text": ("from = 'a'\ndrop = 'yes'", "rule 2: drop is 'yes'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_rule_is_one_line_with_file_and_number(tmp_path, case):
+    rule, line = WRONG[case]
+    file = tmp_path / "rules.toml"
+    file.write_text(f"[[rule]]\nfrom = 'x'\nto = 'y'\n[[rule]]\n{rule}\n")
+    with pytest.raises(DuoError, match=f"rules.toml: {line}") as error:
+        keymaps.from_file(file)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"[[rule", "is no TOML"),
+        (b"\xff", "is no TOML"),
+        (b"", r"must hold \[\[rule\]\] tables"),
+        (b"rule = 1", r"must hold \[\[rule\]\] tables"),
+        (b"[rules]", "has 'rules'; a key map holds"),
+        (None, r"cannot be read \(No such file"),
+    ],
+)
+def test_a_file_that_holds_no_rules(tmp_path, content, line):
+    file = tmp_path / "rules.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DuoError, match=f"rules.toml: {line}"):
+        keymaps.from_file(file)
+
+
+UNFIT = {
+    "sizes": ("to = ['b', 'c']\nsizes = [1, 'q']", r"\[6, 4\] cannot be split into \[1, 8\] along axis 0"),
+    "parts": ("to = ['b', 'c', 'd', 'e']", r"its shape \[6, 4\] has no 4 equal parts along axis 0"),
+    "axis": ("to = ['b', 'c']\naxis = 2", r"its shape \[6, 4\] has no axis 2"),
+    "reshape": ("to = 'b'\nreshape = [5, -1]", r"reshape \[5, -1\] does not fit its shape \[6, 4\]"),
+    "shape": ("to = ['b', 'c']\nshape = [24]", r"shape \[24\] does not fit its shape \[3, 4\]"),
+    "transpose": ("to = 'b'\ntranspose = [0, 2, 1]", r"transpose \[0, 2, 1\] does not fit its shape \[6, 4\]"),
+    "permute": (
+        "to = 'b'\npermute = 'half_to_interleaved'\nheads = 'q'",
+        r"permute needs 8 rows \(q\), but its shape is \[6, 4\]",
+    ),
+    "config": ("to = ['b', 'c']\nsizes = ['small', 1]", "config.json lacks small_intermediate_size"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_tensor_that_a_rule_does_not_fit(tmp_path, case):
+    rule, line = UNFIT[case]
+    file = tmp_path / "rules.toml"
+    file.write_text(f"[[rule]]\nfrom = 'a'\n{rule}\n")
+    config = {"hidden_size": 8, "num_attention_heads": 2}
+    with pytest.raises(DuoError, match=f"rules.toml: rule 1: a: .*{line}"):
+        keymaps.from_file(file).to_canonical({"a": Tensor.of(mx.ones((6, 4)))}, config)
+
+
+def test_two_sources_for_one_target(tmp_path):
+    file = tmp_path / "rules.toml"
+    file.write_text("[[rule]]\nfrom = 'a|b'\nto = 'c'\n")
+    one, keymap = Tensor.of(mx.ones(1)), keymaps.from_file(file)
+    with pytest.raises(DuoError, match="rules.toml: rule 1: b becomes c, which rule 1: a is already"):
+        keymap.to_canonical({"a": one, "b": one}, {})
+    with pytest.raises(DuoError, match="rules.toml: rule 1: a becomes c, which c .that no rule matches. is already"):
+        keymap.to_canonical({"c": one, "a": one}, {})
