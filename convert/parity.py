@@ -1,29 +1,43 @@
-"""``--verify``: the PyTorch reference and the written model directory on the same tokens, side by side."""
+"""``--verify``: a model directory's logits beside another implementation's, on the same tokens and routes.
 
+The other one is the PyTorch reference with the source's weights, with an export's, or with what a quantised directory's
+weights stand for; or, for a dense model and the Duo that it became, mlx-lm's llama. Both sides compute in float32.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.models import llama
+from numpy.typing import NDArray
 
 from duo_mlx import checkpoint
-from duo_mlx.convert.readers import Weights, to_torch
+from duo_mlx.convert import stored
+from duo_mlx.convert.keymaps import named
+from duo_mlx.convert.readers import open_checkpoint
+from duo_mlx.convert.tensors import Tensors, to_torch
 from duo_mlx.errors import DuoError
-from duo_mlx.model import ModelArgs
+from duo_mlx.model import Model, ModelArgs
 from duo_mlx.policies import RandomPolicy
 from duo_mlx.routes import Routes, parse_pattern
 
-TOLERANCE = 1e-4  # on logits, computed in float32 on both sides
+if TYPE_CHECKING:
+    from duo_mlx.convert.reference import DuoModel
+
+TOLERANCE = 1e-4  # on logits
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far MLX is from PyTorch under one kind of route."""
+    """How far a directory is from the other implementation under one kind of route."""
 
     route: str
     max_abs_difference: float
-    mean_kl: float  # nats, of MLX's distribution from PyTorch's
+    mean_kl: float  # nats, of the directory's distribution from the other one
     argmax_agreement: float  # share of tokens
 
     def __str__(self) -> str:
@@ -34,52 +48,165 @@ HEAD = f"{'route':8}{'max |diff|':>12}{'mean KL':>12}{'argmax':>12}"
 
 
 def measure(
-    directory: Path, config: dict[str, Any], weights: Weights, batch: int = 2, tokens: int = 64, seed: int = 0
+    directory: Path,
+    config: dict[str, Any],
+    weights: Tensors,
+    batch: int = 2,
+    tokens: int = 64,
+    seed: int = 0,
+    *,
+    rounded: bool = False,
 ) -> list[Parity]:
-    """Parity for big, small, skip and random routes, on random tokens ``[batch, tokens]``.
+    """A Duo directory and the PyTorch reference for big, small, skip and random routes, on random tokens.
+
+    Args:
+        directory: the model directory.
+        config: of the reference.
+        weights: the reference's, by canonical names.
+        batch: sequences.
+        tokens: of a sequence.
+        seed: of tokens and routes.
+        rounded: dequantise a quantised directory's weights to the type of its scales, as an export does, before they
+            are computed with.
 
     Raises:
         DuoError: PyTorch is not installed, or its reference lacks an option of this configuration.
     """
-    try:
-        import torch
+    reference = _reference(config, weights)
+    model = _model(directory, rounded)
+    layers = model.args.num_hidden_layers
+    inputs = _inputs(model.args, batch, tokens, seed)
+    fixed = {word: parse_pattern(word, layers) for word in ("big", "small", "skip")}
+    drawn = {"random": RandomPolicy(layers, 0.4, 0.3, 0.3, seed).routes(0, inputs.shape[1], batch)}
+    return [
+        compare(name, _reference_logits(reference, inputs, routes), np.array(model(mx.array(inputs), routes=routes)))
+        for name, routes in (fixed | drawn).items()
+    ]
 
+
+def measure_quantised(directory: Path, batch: int = 2, tokens: int = 64, seed: int = 0) -> list[Parity]:
+    """A quantised directory and the PyTorch reference with the numbers that its weights stand for, as `measure`.
+
+    How much was lost by quantising is another question; this finds weights that were packed or named wrongly.
+    """
+    weights = stored.weights(directory, dequantise="float32")
+    return measure(directory, checkpoint.read_config(directory), weights, batch, tokens, seed)
+
+
+def measure_export(
+    exported: Path, directory: Path, *, names: str = "canonical", batch: int = 2, tokens: int = 64, seed: int = 0
+) -> list[Parity]:
+    """A model directory and the PyTorch reference with what was exported from it, as `measure`.
+
+    Args:
+        exported: what `duo_mlx.convert.export.export` wrote.
+        directory: what it was exported from; a quantised one counts as what it was dequantised to.
+        names: the key map that it was exported with.
+        batch, tokens, seed: as for `measure`.
+    """
+    config = checkpoint.read_config(directory)
+    found = open_checkpoint(exported, config=directory / "config.json").tensors
+    weights = named(names).to_canonical(found, config)
+    return measure(directory, config, weights, batch, tokens, seed, rounded=True)
+
+
+def measure_dense(
+    directory: Path, dense_weights: Tensors, config: dict[str, Any], batch: int = 2, tokens: int = 64, seed: int = 0
+) -> list[Parity]:
+    """A Duo directory with all routes big and the dense model that it came from, run by mlx-lm's llama.
+
+    Args:
+        directory: the model directory.
+        dense_weights: by canonical names, ``model.layers.N.mlp.gate_proj.weight`` and so on.
+        config: the dense model's, with Llama's keys.
+        batch, tokens, seed: as for `measure`.
+
+    Raises:
+        DuoError: weights and configuration disagree.
+    """
+    config = config | {"model_type": "llama"}
+    if config.get("layer_types") and "full_attention" not in config["layer_types"]:
+        # mlx-lm's llama cannot be made without a layer of full attention; within the window there is no difference
+        tokens = min(tokens, config["sliding_window"])
+        config |= {"layer_types": None, "sliding_window": None}
+    try:
+        dense = llama.Model(llama.ModelArgs.from_dict(config))
+        loaded = {name: tensor.load().astype(mx.float32) for name, tensor in dense_weights.items()}
+        dense.load_weights(list(dense.sanitize(loaded).items()))
+    except (ValueError, TypeError, KeyError) as error:
+        raise DuoError(f"--verify: the dense model cannot be made: {' '.join(str(error).split())}") from error
+    model = _model(directory)
+    inputs = _inputs(model.args, batch, tokens, seed)
+    theirs = np.array(dense(mx.array(inputs)))
+    ours = np.array(model(mx.array(inputs), routes=parse_pattern("big", model.args.num_hidden_layers)))
+    return [compare("big", theirs, ours)]
+
+
+def compare(route: str, theirs: NDArray[np.floating], ours: NDArray[np.floating]) -> Parity:
+    """The row of two arrays of logits ``[..., vocab]``."""
+    double_theirs, double_ours = theirs.astype(np.float64), ours.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # infinite logits differ by a NaN, which no tolerance covers
+        log_theirs, log_ours = _log_softmax(double_theirs), _log_softmax(double_ours)
+        return Parity(
+            route,
+            float(np.abs(double_theirs - double_ours).max()),
+            float((np.exp(log_theirs) * (log_theirs - log_ours)).sum(-1).mean()),
+            float((theirs.argmax(-1) == ours.argmax(-1)).mean()),
+        )
+
+
+def failures(found: Iterable[Parity], *, identical_argmax: bool = False) -> list[Parity]:
+    """Those beyond the tolerance, as a NaN is; with ``identical_argmax`` those that choose another token, too."""
+    return [
+        parity
+        for parity in found
+        if not parity.max_abs_difference <= TOLERANCE or (identical_argmax and parity.argmax_agreement < 1)
+    ]
+
+
+def _model(directory: Path, rounded: bool = False) -> Model:
+    model = checkpoint.read_model(directory)
+    if rounded:
+        mlx_lm_utils.dequantize_model(model)
+    model.set_dtype(mx.float32)
+    return model
+
+
+def _inputs(args: ModelArgs, batch: int, tokens: int, seed: int) -> NDArray[np.int64]:
+    tokens = min(tokens, args.max_position_embeddings or tokens)
+    return np.random.default_rng(seed).integers(0, args.vocab_size, (batch, tokens))
+
+
+def _reference(config: dict[str, Any], weights: Tensors) -> "DuoModel":
+    try:
         from duo_mlx.convert.reference import DuoConfig, DuoModel
     except ImportError:
         raise DuoError("--verify needs PyTorch: pip install 'duo-mlx[torch]'") from None
-    args = ModelArgs.from_dict(config)
-    if "sliding_attention" in args.layer_types:
+    if "sliding_attention" in ModelArgs.from_dict(config).layer_types:
         raise DuoError("--verify: the PyTorch reference knows no sliding_attention; convert without it")
+    try:
+        reference = DuoModel(DuoConfig.from_dict(config)).eval()
+    except ValueError as error:
+        raise DuoError(f"--verify: {error}; convert without it") from None
+    state = {name: to_torch(tensor.load()).float() for name, tensor in weights.items()}
+    try:
+        reference.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise DuoError(f"--verify: the weights do not fit the reference: {' '.join(str(error).split())}") from None
+    return reference
+
+
+def _reference_logits(reference: "DuoModel", inputs: NDArray[np.int64], routes: Routes) -> NDArray[np.floating]:
+    import torch
+
     with torch.no_grad():
-        try:
-            reference = DuoModel(DuoConfig.from_dict(config)).eval()
-        except ValueError as error:
-            raise DuoError(f"--verify: {error}; convert without it") from None
-        reference.load_state_dict({name: to_torch(value).float() for name, value in weights.items()}, strict=False)
-        model, _ = checkpoint.load(directory, dtype=mx.float32)
-        tokens = min(tokens, args.max_position_embeddings or tokens)
-        inputs = np.random.default_rng(seed).integers(0, args.vocab_size, (batch, tokens))
-        found = []
-        for name, routes in _routes(args.num_hidden_layers, batch, tokens, seed).items():
-            theirs = reference(torch.from_numpy(inputs), torch.from_numpy(routes.astype(np.int64))).double()
-            ours = torch.from_numpy(np.array(model(mx.array(inputs), routes=routes))).double()
-            log_theirs, log_ours = theirs.log_softmax(-1), ours.log_softmax(-1)
-            found.append(
-                Parity(
-                    name,
-                    (theirs - ours).abs().max().item(),
-                    (log_theirs.exp() * (log_theirs - log_ours)).sum(-1).mean().item(),
-                    (theirs.argmax(-1) == ours.argmax(-1)).double().mean().item(),
-                )
-            )
-    return found
+        logits: NDArray[np.floating] = reference(
+            torch.from_numpy(inputs), torch.from_numpy(routes.astype(np.int64))
+        ).numpy()
+    return logits
 
 
-def _routes(layers: int, batch: int, tokens: int, seed: int) -> dict[str, Routes]:
-    fixed = {word: parse_pattern(word, layers) for word in ("big", "small", "skip")}
-    return fixed | {"random": RandomPolicy(layers, 0.4, 0.3, 0.3, seed).routes(0, tokens, batch)}
-
-
-def failures(found: list[Parity]) -> list[Parity]:
-    """Those beyond the tolerance; a NaN is beyond any."""
-    return [parity for parity in found if not parity.max_abs_difference <= TOLERANCE]
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max(-1, keepdims=True)
+    normalised: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return normalised

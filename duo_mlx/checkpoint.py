@@ -20,7 +20,9 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
+from duo_mlx import shards
 from duo_mlx.errors import DuoError
+from duo_mlx.files import write_text, writing
 from duo_mlx.model import Model, ModelArgs
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -56,7 +58,23 @@ def load(
         DuoError: there is no such model, it is no Duo model, or its files are damaged.
     """
     directory = resolve(path, revision)
-    config = read_config(directory)
+    model = read_model(directory)
+    if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
+        dtype = mx.float32
+    if dtype is not None:
+        model.set_dtype(dtype)
+    if not lazy:
+        mx.eval(model.parameters())
+    return model, read_tokenizer(directory, read_config(directory))
+
+
+def read_model(directory: Path) -> Model:
+    """The model in a directory with its weights as stored, each unread until it is used.
+
+    Raises:
+        DuoError: it is no Duo model, or its files are damaged.
+    """
+    read_config(directory)
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         raise DuoError(f"{directory}: holds no model*.safetensors, so it is no model directory")
@@ -71,13 +89,7 @@ def load(
         raise DuoError(f"{directory}: {error}") from None
     except ValueError as error:  # mlx-lm's and MLX's word for tensors that do not fit
         raise DuoError(f"{directory}: config.json and weights disagree: {_one_line(error)}") from error
-    if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
-        dtype = mx.float32
-    if dtype is not None:
-        model.set_dtype(dtype)
-    if not lazy:
-        mx.eval(model.parameters())
-    return model, read_tokenizer(directory, config)
+    return model
 
 
 def resolve(path: str | Path | None, revision: str | None = None) -> Path:
@@ -137,26 +149,23 @@ def read_tokenizer(directory: Path, config: dict[str, Any]) -> TokenizerWrapper:
         transformers_logging.set_verbosity(verbosity)
 
 
-def save(directory: Path, config: dict[str, Any], weights: dict[str, mx.array]) -> None:
-    """Write config.json, the weights (sharded, with an index) and the model file into an existing directory.
+def save(directory: Path, config: dict[str, Any], weights: dict[str, mx.array], *, limit: int = shards.LIMIT) -> None:
+    """Write config.json, the model file and the weights (in shards of ``limit`` bytes) into an existing directory.
 
     ``weights`` have canonical names. Tokenizer files are the caller's to bring. See `duo_mlx.files.output_directory`
     for writing a directory whole or not at all.
     """
-    config = config | {"model_type": "duo", "model_file": MODEL_FILE}
-    mlx_lm_utils.save_config(config, config_path=directory / "config.json")
-    (directory / MODEL_FILE).write_text(MODEL_FILE_TEXT, encoding="utf-8")
-    shards = mlx_lm_utils.make_shards(weights)
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        mx.save_safetensors(str(directory / name), shard, metadata={"format": "mlx"})
-        weight_map.update(dict.fromkeys(shard, name))
-    index = {
-        "metadata": {"total_size": sum(value.nbytes for value in weights.values())},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    save_config(directory, config)
+    shards.write(directory, shards.held(weights), limit=limit)
+
+
+def save_config(directory: Path, config: dict[str, Any]) -> None:
+    """Write the config.json of a Duo model and the model file that it names into an existing directory."""
+    with writing(directory / "config.json"):
+        mlx_lm_utils.save_config(
+            config | {"model_type": "duo", "model_file": MODEL_FILE}, config_path=directory / "config.json"
+        )
+    write_text(directory / MODEL_FILE, MODEL_FILE_TEXT)
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:

@@ -10,11 +10,31 @@ from duo_mlx.errors import DuoError
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line that ``path`` cannot be written: the disk is full, nobody may write there, and so on.
+
+    Raises:
+        DuoError: in place of the block's `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DuoError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; an error of the system is a `DuoError`."""
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
+
+
+@contextmanager
 def output_directory(path: Path, force: bool = False) -> Iterator[Path]:
     """A new directory to fill; it becomes ``path`` when the block ends well and is removed when it does not.
 
     Raises:
-        DuoError: ``path`` exists and ``force`` is not given, or is given for something that is no model directory.
+        DuoError: ``path`` exists and ``force`` is not given, or is given for something that is no model directory; or
+            the system does not let it be written.
     """
     if path.exists():
         if not force:
@@ -22,16 +42,66 @@ def output_directory(path: Path, force: bool = False) -> Iterator[Path]:
         if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").is_file()):
             raise DuoError(f"{path} is no model directory, so --force does not replace it; give another name")
     path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
-    new.mkdir()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir()
     try:
         yield new
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
+        for file in sorted(new.rglob("*")):
+            if file.is_file():
+                settle(file)
+        with writing(path):
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         if old.exists() and not path.exists():
             old.rename(path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def output_file(path: Path, force: bool = False) -> Iterator[Path]:
+    """A name to write a file under; it becomes ``path`` when the block ends well and is removed when it does not.
+
+    The name has the same suffix as ``path``.
+
+    Raises:
+        DuoError: ``path`` exists and ``force`` is not given, or it is a directory; or the system does not let it be
+            written.
+    """
+    if path.is_dir():
+        raise DuoError(f"{path} is a directory; give the name of a file")
+    if path.exists() and not force:
+        raise DuoError(f"{path} exists already; give --force to replace it, or another name")
+    path = path.absolute()
+    new = path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield new
+        settle(new)
+        with writing(path):
+            new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def refuse_overlap(source: Path, destination: Path) -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        DuoError: ``destination`` is or holds ``source``, or lies inside it.
+    """
+    if source.resolve().is_relative_to(destination.resolve()):
+        raise DuoError(f"{destination}: is or holds the source {source}; give another destination")
+    if source.is_dir() and destination.resolve().is_relative_to(source.resolve()):
+        raise DuoError(f"{destination}: lies inside the source {source}; give another destination")
+
+
+def settle(file: Path) -> None:
+    """Wait until a file is on the disk: its new name must not outlive its content when the power goes."""
+    with writing(file), file.open("rb") as opened:
+        os.fsync(opened.fileno())

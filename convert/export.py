@@ -1,0 +1,63 @@
+"""Back to PyTorch: a model directory as a state dict, or as a directory of safetensors, in names of one's choice."""
+
+import json
+from pathlib import Path
+
+from duo_mlx import checkpoint
+from duo_mlx.convert import stored, tokenizer
+from duo_mlx.convert.keymaps import named
+from duo_mlx.convert.tensors import Tensors, to_torch
+from duo_mlx.convert.writer import write_weights
+from duo_mlx.errors import DuoError
+from duo_mlx.files import output_directory, output_file, refuse_overlap, write_text
+
+PICKLES = (".pt", ".pth", ".bin")
+OURS = ("model_file", "quantization", "quantization_config")  # keys of config.json that mean nothing to PyTorch
+
+
+def export(
+    source: Path, destination: Path, *, names: str = "canonical", dequantise: bool = False, force: bool = False
+) -> None:
+    """Write a model directory's weights for PyTorch; with canonical names `duo_mlx.convert.reference` loads them.
+
+    Args:
+        source: a model directory.
+        destination: a name in ``.pt``, ``.pth`` or ``.bin`` becomes a state dict, every other a directory with
+            config.json, safetensors and the tokenizer. It must not exist, unless ``force`` is given.
+        names: a key map's, see `duo_mlx.convert.keymaps.NAMES`.
+        dequantise: let a quantised model become the numbers that it stands for, in the type of its scales.
+        force: replace what is there.
+
+    Raises:
+        DuoError: the source is no Duo model, damaged, or quantised without ``dequantise``; the destination exists or
+            cannot be written; or PyTorch is not installed, which a state dict needs.
+    """
+    refuse_overlap(source, destination)
+    if destination.suffix == ".safetensors":
+        raise DuoError(f"{destination}: give a directory, or a name in {', '.join(PICKLES)}")
+    config = checkpoint.read_config(source)
+    weights = stored.weights(source, dequantise="stored" if dequantise else None)
+    weights = named(names).from_canonical(weights, config)
+    if destination.suffix in PICKLES:
+        with output_file(destination, force) as file:
+            _save_state(file, weights)
+        return
+    with output_directory(destination, force) as directory:
+        kept = {key: value for key, value in sorted(config.items()) if key not in OURS}
+        write_text(directory / "config.json", json.dumps(kept, indent=2) + "\n")
+        write_weights(directory, weights, metadata={"format": "pt"}, allow_nonfinite=True)
+        tokenizer.write(source, directory, config["vocab_size"])
+
+
+def _save_state(file: Path, weights: Tensors) -> None:
+    try:
+        import torch
+    except ImportError:
+        raise DuoError(
+            f"{file.suffix}: writing it needs PyTorch: pip install 'duo-mlx[torch]'; a directory does not"
+        ) from None
+    state = {name: to_torch(tensor.load()) for name, tensor in weights.items()}
+    try:
+        torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        raise DuoError(f"{file}: cannot be written: {' '.join(str(error).split())}") from error

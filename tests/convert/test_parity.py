@@ -1,0 +1,196 @@
+"""Verifying: each path's numbers agree with another implementation's, and a wrong weight is found."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+
+from duo_mlx import checkpoint
+from duo_mlx.convert import parity, stored
+from duo_mlx.convert.export import export
+from duo_mlx.convert.parity import Parity
+from duo_mlx.convert.quantise import quantise
+from duo_mlx.convert.tensors import Tensor
+from duo_mlx.errors import DuoError
+from duo_mlx.model import Model
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "small_intermediate_size": 32}
+VARIANTS = [
+    {},
+    {"skip_scope": "layer", "default_route": "Bs-B"},
+    {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    {"num_key_value_heads": 4, "rope_traditional": True},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+]
+LAYER_TYPES = ["sliding_attention", "full_attention"] * 2
+
+
+def tensors(model):
+    return {name: Tensor.of(value) for name, value in checkpoint.parameters(model).items()}
+
+
+def config_of(directory):
+    return json.loads((directory / "config.json").read_text())
+
+
+def spoiled(weights, name, by=0.01):
+    return {**weights, name: Tensor.of(weights[name].load() + by)}
+
+
+def agrees(found, routes=("big", "small", "skip", "random")):
+    assert [row.route for row in found] == list(routes)
+    for row in found:
+        assert row.max_abs_difference <= 1e-4 and abs(row.mean_kl) < 1e-6 and row.argmax_agreement == 1
+    return parity.failures(found, identical_argmax=True) == []
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_a_directory_agrees_with_the_reference(saved, changes):
+    directory, model = saved(**changes)
+    assert agrees(parity.measure(directory, config_of(directory), tensors(model), tokens=24))
+
+
+@pytest.mark.parametrize(
+    ("name", "routes"),
+    [
+        ("model.layers.1.mlp.small.up_proj.weight", {"small", "random"}),
+        ("model.layers.1.mlp.big.down_proj.weight", {"big", "random"}),
+        ("model.norm.weight", {"big", "small", "skip", "random"}),
+    ],
+)
+def test_a_wrong_weight_is_found_where_it_acts(saved, name, routes):
+    directory, model = saved()
+    found = parity.measure(directory, config_of(directory), spoiled(tensors(model), name), tokens=24)
+    assert {row.route for row in parity.failures(found)} == routes
+
+
+def test_weights_that_the_reference_lacks_or_misses_are_an_error(saved):
+    directory, model = saved()
+    weights = tensors(model)
+    weights["model.other.weight"] = weights.pop("model.norm.weight")
+    with pytest.raises(DuoError, match=r"--verify: the weights do not fit the reference: .*model.norm.weight") as error:
+        parity.measure(directory, config_of(directory), weights)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bits", [(4, 8), (8, 16), (None, 4)])
+def test_a_quantised_directory_agrees_with_what_its_weights_stand_for(saved, tmp_path, bits):
+    directory, _ = saved(**WIDE, attention_bias=True)
+    quantise(directory, tmp_path, bits=bits[0], small_bits=bits[1], group_size=32)
+    assert agrees(parity.measure_quantised(tmp_path, tokens=24))
+    found = parity.measure_quantised(tmp_path, tokens=24, seed=1)
+    original = parity.measure(tmp_path, config_of(tmp_path), tensors(checkpoint.read_model(directory)), tokens=24)
+    assert parity.failures(original) and not parity.failures(found)  # the quantised one is another model
+
+
+def test_scales_of_the_wrong_module_are_found(saved, tmp_path):
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    right.mkdir(), wrong.mkdir()
+    quantise(saved(**WIDE)[0], right, bits=8, group_size=32)
+    weights = checkpoint.parameters(checkpoint.read_model(right))
+    one, two = (f"model.layers.{layer}.mlp.big.up_proj.scales" for layer in (0, 1))
+    checkpoint.save(wrong, config_of(right), weights | {one: weights[two], two: weights[one]})
+    found = parity.measure(wrong, config_of(right), stored.weights(right, dequantise="float32"), tokens=24)
+    assert {row.route for row in parity.failures(found)} == {"big", "random"}
+
+
+@pytest.mark.parametrize("names", ["canonical", "llama", "fused"])
+@pytest.mark.parametrize("form", ["out.pt", "out"])
+def test_an_export_agrees_with_what_it_was_made_of(saved, tmp_path, form, names):
+    directory, _ = saved(mlp_bias=True)
+    export(directory, tmp_path / form, names=names)
+    assert agrees(parity.measure_export(tmp_path / form, directory, names=names, tokens=24))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_dequantised_export_agrees_although_it_is_rounded(saved, tmp_path, dtype):
+    directory, model = saved(**WIDE)
+    half, quantised = tmp_path / "half", tmp_path / "quantised"
+    half.mkdir(), quantised.mkdir()
+    shutil.copytree(directory, half, dirs_exist_ok=True)
+    weights = checkpoint.parameters(model)
+    checkpoint.save(
+        half, config_of(directory), {name: value.astype(getattr(mx, dtype)) for name, value in weights.items()}
+    )
+    quantise(half, quantised, bits=4, group_size=32)
+    export(quantised, tmp_path / "out.pt", dequantise=True)
+    assert agrees(parity.measure_export(tmp_path / "out.pt", quantised, tokens=24))
+
+
+def test_a_wrong_export_is_found(saved, tmp_path):
+    directory, _ = saved()
+    export(directory, tmp_path / "out.pt")
+    state = torch.load(tmp_path / "out.pt", weights_only=True)
+    state["model.layers.3.self_attn.v_proj.weight"] += 0.01
+    torch.save(state, tmp_path / "out.pt")
+    assert len(parity.failures(parity.measure_export(tmp_path / "out.pt", directory, tokens=24))) == 4
+
+
+@pytest.mark.parametrize("changes", [*VARIANTS, {"sliding_window": 5, "layer_types": LAYER_TYPES}])
+def test_all_big_agrees_with_the_dense_model(saved, llama_twin, monkeypatch, changes):
+    directory, model = saved(**changes)
+    dense = {name: Tensor.of(value) for name, value in tree_flatten(llama_twin(model).parameters())}
+    config = config_of(directory) | {"model_type": "llama"}
+    config["tie_word_embeddings"] = changes.get("tie_word_embeddings", True)
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)  # a graft is verified without
+    assert agrees(parity.measure_dense(directory, dense, config, tokens=24), ["big"])
+    wrong = spoiled(dense, "model.layers.2.mlp.gate_proj.weight")
+    assert parity.failures(parity.measure_dense(directory, wrong, config, tokens=24))
+    del dense["model.norm.weight"]
+    with pytest.raises(DuoError, match=r"--verify: the dense model cannot be made: .*model.norm.weight"):
+        parity.measure_dense(directory, dense, config)
+
+
+def test_a_dense_model_whose_attention_slides_everywhere_is_verified_within_its_window(saved, llama_twin):
+    """mlx-lm's llama cannot be made with that; Mistral's first models have it."""
+    sliding = {"sliding_window": 5, "layer_types": ["sliding_attention"] * 4}
+    directory, model = saved(**sliding)
+    full = Model(replace(model.args, sliding_window=None, layer_types=()))
+    full.update(model.parameters())
+    dense = {name: Tensor.of(value) for name, value in tree_flatten(llama_twin(full).parameters())}
+    config = config_of(directory) | {"model_type": "llama"}
+    assert agrees(parity.measure_dense(directory, dense, config, tokens=24), ["big"])
+    wrong = spoiled(dense, "model.layers.2.mlp.gate_proj.weight")
+    assert parity.failures(parity.measure_dense(directory, wrong, config, tokens=24))
+
+
+def test_a_row_is_what_pytorch_computes():
+    random = np.random.default_rng(0)
+    theirs, ours = (random.standard_normal((2, 5, 7)).astype(np.float32) for _ in range(2))
+    row = parity.compare("big", theirs, ours)
+    log_theirs, log_ours = (torch.from_numpy(logits).double().log_softmax(-1) for logits in (theirs, ours))
+    divergence = torch.nn.functional.kl_div(log_ours, log_theirs, log_target=True, reduction="none").sum(-1).mean()
+    assert row.mean_kl == pytest.approx(divergence.item())
+    assert row.max_abs_difference == pytest.approx(np.abs(theirs - ours).max())
+    assert row.argmax_agreement == (theirs.argmax(-1) == ours.argmax(-1)).mean()
+
+
+def test_what_fails():
+    near, nan, other = (
+        Parity("big", 1e-4, 0.0, 1.0),
+        Parity("small", float("nan"), 0.0, 1.0),
+        Parity("skip", 1e-5, 0.0, 0.99),
+    )
+    assert parity.failures([near, nan, other]) == [nan]
+    assert parity.failures([near, nan, other], identical_argmax=True) == [nan, other]
+    infinite = parity.compare("big", np.array([[np.inf, 0.0]]), np.array([[np.inf, 0.0]]))
+    assert parity.failures([infinite]) == [infinite]
+
+
+def test_what_the_reference_cannot_do_is_said(saved, monkeypatch):
+    directory, model = saved(sliding_window=5, layer_types=["sliding_attention"] * 4)
+    with pytest.raises(DuoError, match="the PyTorch reference knows no sliding_attention"):
+        parity.measure(directory, config_of(directory), tensors(model))
+    directory, model = saved()
+    config = config_of(directory) | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
+    with pytest.raises(DuoError, match="--verify: rope_scaling type 'yarn' is not in the reference"):
+        parity.measure(directory, config, tensors(model))
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.delitem(__import__("sys").modules, "duo_mlx.convert.reference")
+    with pytest.raises(DuoError, match=r"--verify needs PyTorch: pip install 'duo-mlx\[torch\]'"):
+        parity.measure(directory, config_of(directory), tensors(model))
