@@ -1,6 +1,7 @@
 """The command line ``duo-mlx``: a group whose commands are imported only when they are called.
 
-The command NAME is the attribute ``command`` of ``duo_mlx/cli/NAME.py``. Exit codes: 0 done; 2 wrong use or bad input,
+The command NAME is the attribute ``command`` of ``duo_mlx/cli/NAME.py``; that of two words, ``FIRST SECOND``, is in
+``FIRST_SECOND.py``, and ``FIRST`` may be a command, too, or not. Exit codes: 0 done; 2 wrong use or bad input,
 with one line on stderr; 130 after Ctrl-C. Every other exception is a defect and keeps its traceback.
 """
 
@@ -16,6 +17,7 @@ from duo_mlx.errors import DuoError
 
 COMMANDS = {
     "convert": "Turn a PyTorch checkpoint of a Duo model into a model directory",
+    "convert inspect": "Say what a checkpoint is and what can be made of it, without loading it",
     "generate": "Generate text after PROMPT, or after standard input where PROMPT is - or left out",
 }
 
@@ -29,7 +31,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"{__name__}.{cmd_name}").command
+        command: click.Command = import_module(f"{__name__}.{cmd_name.replace(' ', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -39,10 +41,14 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        name = args[0]
+        name, two_words = args[0], " ".join(args[:2])
+        if two_words in COMMANDS:
+            return two_words, self.get_command(ctx, two_words), args[2:]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
             from difflib import get_close_matches
 
+            if below := [known for known in sorted(COMMANDS) if known.startswith(f"{name} ")]:
+                ctx.fail(f"{name} needs one more word; there are {', '.join(below)}")
             close = get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(COMMANDS))}"
             ctx.fail(f"no command {name!r}; {hint}")

@@ -39,6 +39,11 @@ def invoke(*args: str) -> Result:
     return CliRunner().invoke(main, args, prog_name="duo-mlx")
 
 
+def module(name: str) -> str:
+    """The module of a command, in which two words are one."""
+    return name.replace(" ", "_")
+
+
 @pytest.mark.parametrize("option", ["--help", "-h"])
 def test_help_lists_every_command(option):
     result = invoke(option)
@@ -50,7 +55,7 @@ def test_help_lists_every_command(option):
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_the_line_of_a_command_is_the_first_of_its_own_help(name):
-    command = import_module(f"duo_mlx.cli.{name}").command
+    command = import_module(f"duo_mlx.cli.{module(name)}").command
     assert command.name in (name, "command")
     assert command.get_short_help_str(limit=1000).rstrip(".") == COMMANDS[name]
 
@@ -58,10 +63,10 @@ def test_the_line_of_a_command_is_the_first_of_its_own_help(name):
 def test_every_command_is_in_the_group():
     modules = {found.name: import_module(f"duo_mlx.cli.{found.name}") for found in pkgutil.iter_modules(cli.__path__)}
     with_command = {name for name in modules if isinstance(getattr(modules[name], "command", None), click.Command)}
-    assert with_command == set(COMMANDS)
+    assert with_command == set(map(module, COMMANDS))
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], *([name, "--help"] for name in sorted(COMMANDS))])
+@pytest.mark.parametrize("args", [["--help"], ["--version"], *([*name.split(), "--help"] for name in sorted(COMMANDS))])
 def test_help_imports_nothing_heavy_and_no_other_command(args):
     code = (
         "import json, sys\nfrom duo_mlx.cli import main\n"
@@ -71,7 +76,48 @@ def test_help_imports_nothing_heavy_and_no_other_command(args):
     loaded = set(json.loads(done.stderr.splitlines()[-1]))
     assert "duo_mlx.cli" in loaded
     assert not {name.partition(".")[0] for name in loaded} & HEAVY
-    assert {name for name in COMMANDS if f"duo_mlx.cli.{name}" in loaded} == {*args} & {*COMMANDS}
+    assert {name for name in COMMANDS if f"duo_mlx.cli.{module(name)}" in loaded} == {" ".join(args[:-1])} & {*COMMANDS}
+
+
+@pytest.fixture
+def two_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``duo-mlx paint`` and ``duo-mlx paint walls``, and ``duo-mlx sing loudly`` without ``duo-mlx sing``."""
+    for name in ("paint", "paint walls", "sing loudly"):
+        fake = types.ModuleType(f"duo_mlx.cli.{module(name)}")
+        argument = click.argument("words", nargs=-1)
+        fake.command = click.command(name="command")(argument(lambda words, name=name: click.echo((name, words))))
+        monkeypatch.setitem(sys.modules, fake.__name__, fake)
+        monkeypatch.setitem(COMMANDS, name, f"To {name}")
+
+
+@pytest.mark.usefixtures("two_words")
+@pytest.mark.parametrize(
+    ("args", "called"),
+    [
+        (["paint"], ("paint", ())),
+        (["paint", "doors"], ("paint", ("doors",))),
+        (["paint", "./walls"], ("paint", ("./walls",))),
+        (["paint", "--", "walls"], ("paint", ("walls",))),
+        (["paint", "walls"], ("paint walls", ())),
+        (["paint", "walls", "walls"], ("paint walls", ("walls",))),
+        (["sing", "loudly", "now"], ("sing loudly", ("now",))),
+    ],
+)
+def test_a_command_of_two_words_goes_before_one_of_one(args, called):
+    result = invoke(*args)
+    assert (result.exit_code, result.output) == (0, f"{called}\n")
+
+
+@pytest.mark.usefixtures("two_words")
+def test_help_and_errors_know_commands_of_two_words():
+    assert "paint walls" in invoke("--help").stdout
+    assert invoke("paint", "walls", "--help").stdout.startswith("Usage: duo-mlx paint walls [OPTIONS] [WORDS]...")
+    assert invoke("paint", "--help").stdout.startswith("Usage: duo-mlx paint [OPTIONS] [WORDS]...")
+    assert "(see duo-mlx paint walls --help)" in invoke("paint", "walls", "--colour").stderr
+    for args in (["sing"], ["sing", "softly"]):
+        result = invoke(*args)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "error: sing needs one more word; there are sing loudly (see duo-mlx --help)\n" in result.stderr
 
 
 def test_version():

@@ -1,0 +1,287 @@
+"""``duo-mlx convert inspect``: what a checkpoint is, from its headers and its configuration; no tensor is loaded."""
+
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from duo_mlx.convert import keymaps, plan, settings, stored
+from duo_mlx.convert.readers import gguf_header, open_checkpoint
+from duo_mlx.convert.readers.text import read_object
+from duo_mlx.convert.tensors import Checkpoint, Tensor, Tensors
+from duo_mlx.errors import DuoError
+from duo_mlx.model import ModelArgs
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of a checkpoint; None where neither its tensors nor its configuration say."""
+
+    source: str
+    kind: str  # "Duo", "dense" or "unknown"
+    architecture: str | None  # config.json's model_type
+    format: str  # "safetensors", "PyTorch" or "GGUF"
+    files: tuple[str, ...]
+    bytes: int  # of the files
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]  # how many tensors are stored in which type
+    quantised: str | None  # as MLX does it
+    key_map: str | None  # that fits the names
+    layers: int | None
+    small_layers: int | None  # that have a small FFN
+    hidden_size: int | None
+    attention_heads: int | None
+    key_value_heads: int | None
+    head_dim: int | None
+    intermediate_size: int | None  # big's, or a dense FFN's
+    small_intermediate_size: int | None
+    vocab_size: int | None
+    tied_head: bool | None
+    attention_bias: bool
+    mlp_bias: bool
+    router: bool
+    tokenizer: str | None
+    problems: tuple[str, ...]  # why it cannot be converted as it is
+    commands: tuple[str, ...]  # what can be done with it
+
+    def lines(self) -> list[str]:
+        """For a reader."""
+        heads = None
+        if self.attention_heads is not None:
+            heads = f"{self.attention_heads}, {self.key_value_heads} of keys and values, {self.head_dim} wide"
+        ffn = None if self.intermediate_size is None else f"{self.intermediate_size} wide"
+        if self.kind == "Duo":
+            ffn = f"big {self.intermediate_size} wide, small {self.small_intermediate_size} wide"
+            if self.small_layers not in (self.layers, None):
+                ffn += f" in {self.small_layers} layers"
+        biases = [name for name, there in (("attention", self.attention_bias), ("FFN", self.mlp_bias)) if there]
+        rows = {
+            "is": f"{self.kind}{f', {self.architecture}' if self.architecture else ''}",
+            "format": f"{self.format}, {self.bytes / 1e6:.1f} MB",
+            "files": f"{self.files[0]} ... {self.files[-1]}, {len(self.files)} in all"
+            if self.files[2:]
+            else ", ".join(self.files),
+            "tensors": f"{self.tensors}, {self.parameters / 1e6:.1f} million parameters",
+            "stored as": ", ".join(f"{name} ({count})" for name, count in self.dtypes.items()),
+            "quantised": self.quantised,
+            "names": self.key_map,
+            "layers": self.layers,
+            "hidden": self.hidden_size,
+            "heads": heads,
+            "FFN": ffn,
+            "router": "yes" if self.router else None,
+            "biases": " and ".join(biases) or None,
+            "vocabulary": self.vocab_size,
+            "head": {True: "tied to the embedding", False: "its own", None: None}[self.tied_head],
+            "tokenizer": self.tokenizer or "none",
+        }
+        lines = [f"{name:<11} {value}" for name, value in rows.items() if value is not None]
+        lines += [f"{'problem':<11} {problem}" for problem in self.problems]
+        return lines + [f"{'command':<11} {command}" for command in self.commands]
+
+
+def describe(source: str | Path, *, config: Path | None = None, revision: str | None = None) -> Inspection:
+    """What the checkpoint ``source`` is; see `duo_mlx.convert.readers.open_checkpoint` for the arguments.
+
+    Raises:
+        DuoError: there is none, or it is damaged.
+    """
+    checkpoint = _open_quantised(Path(source)) if config is None and revision is None else None
+    if checkpoint is None:
+        checkpoint = open_checkpoint(source, config=config, revision=revision, bare=True)
+    return inspect(checkpoint, str(source))
+
+
+def inspect(checkpoint: Checkpoint, source: str) -> Inspection:
+    """What ``checkpoint``, which a user calls ``source``, is."""
+    problems: list[str] = []
+    config = checkpoint.config
+    keymap = None
+    try:
+        # how many heads to permute, only a configuration says; here rows need not be in their places
+        keymap = keymaps.detect(checkpoint.tensors, rope=None if config else "half")
+        tensors = keymap.to_canonical(checkpoint.tensors, config)
+    except DuoError as error:  # unknown names, or a configuration without what this map needs
+        problems.append(str(error))
+        tensors = dict(checkpoint.tensors)
+    tensors = plan.kept(tensors, tied=False)
+    rows, kind = _rows(tensors), _kind(config, tensors)
+    problems += _problems(checkpoint, tensors, kind) if keymap is not None and not problems else []
+    quantised = _quantised(config)
+    size, heads = config.get("hidden_size", rows.get("model.norm.weight")), config.get("num_attention_heads")
+    head_dim, queries = config.get("head_dim"), rows.get("self_attn.q_proj.weight")
+    if head_dim is None and queries is not None and type(heads) is int and heads > 0:
+        head_dim = queries // heads
+    names = {name.partition(".mlp.")[2] for name in tensors if ".mlp." in name}
+    tied = config.get("tie_word_embeddings")
+    return Inspection(
+        source=source,
+        kind=kind,
+        architecture=config.get("model_type"),
+        format=checkpoint.format,
+        files=tuple(file.name for file in checkpoint.files),
+        bytes=sum(file.stat().st_size for file in checkpoint.files),
+        tensors=len(checkpoint.tensors),
+        parameters=_parameters(checkpoint),
+        dtypes=dict(Counter(tensor.stored or tensor.dtype for tensor in checkpoint.tensors.values()).most_common()),
+        quantised=quantised,
+        key_map=None if keymap is None else keymap.name,
+        layers=config.get("num_hidden_layers") or _layers(tensors, "") or None,
+        small_layers=_layers(tensors, "mlp.small.gate_proj.weight") or None,
+        hidden_size=size,
+        attention_heads=heads,
+        key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        intermediate_size=rows.get("mlp.big.gate_proj.weight", rows.get("mlp.gate_proj.weight")),
+        small_intermediate_size=rows.get("mlp.small.gate_proj.weight"),
+        vocab_size=rows.get("model.embed_tokens.weight", config.get("vocab_size")),
+        tied_head=("lm_head.weight" not in tensors if rows else None) if tied is None else bool(tied),
+        attention_bias=any(name.endswith("q_proj.bias") for name in tensors),
+        mlp_bias=any(name.endswith("gate_proj.bias") for name in names),
+        router=any(name.startswith("router.") for name in names),
+        tokenizer=_tokenizer(checkpoint),
+        problems=tuple(problems),
+        commands=_commands(source, checkpoint, kind, quantised is not None, keymap is not None, bool(problems)),
+    )
+
+
+def _rows(tensors: Tensors) -> dict[str, int]:
+    """How many rows a tensor has, by its name in a layer (of the first layer that has it) or in the model."""
+    rows: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        match = LAYER.fullmatch(name)
+        if tensor.shape:
+            rows.setdefault(match[2] if match else name, tensor.shape[0])
+    return rows
+
+
+def _kind(config: Mapping[str, Any], tensors: Tensors) -> str:
+    if settings.is_duo(config) or any(".mlp.small." in name for name in tensors):
+        return "Duo"
+    return "dense" if any(name.endswith(".mlp.gate_proj.weight") for name in tensors) else "unknown"
+
+
+def _layers(tensors: Tensors, below: str) -> int:
+    matches = (LAYER.fullmatch(name) for name in tensors)
+    return len({match[1] for match in matches if match and match[2].startswith(below)})
+
+
+def _problems(checkpoint: Checkpoint, tensors: Tensors, kind: str) -> list[str]:
+    """Why `duo-mlx convert` would refuse it, as far as headers tell."""
+    if not checkpoint.config:
+        return ["there is no config.json; give one with --config FILE"]
+    quantised = settings.is_quantised(checkpoint.config)
+    if quantised and kind == "Duo":
+        return []
+    if quantised:
+        return ["it is quantised by MLX; a dense model is taken in float"]
+    try:
+        config = settings.settings(checkpoint.config, checkpoint.source)
+        tied = config.setdefault("tie_word_embeddings", "lm_head.weight" not in tensors)
+        args = settings.dense_args(config) if kind == "dense" else ModelArgs.from_dict(config)
+        tensors = settings.with_output_biases(checkpoint.config, checkpoint.source, plan.kept(tensors, tied))
+        misfits = plan.misfits(tensors, plan.expected_shapes(args, dense=kind == "dense"))
+    except DuoError as error:
+        return [str(error)]
+    if not misfits:
+        return []
+    return [f"{len(misfits)} tensors do not fit config.json ({misfits[0]}); --dry-run lists them"]
+
+
+def _quantised(config: Mapping[str, Any]) -> str | None:
+    if not settings.is_quantised(config):
+        return None
+    said = config["quantization"]
+    special = Counter(value["bits"] for value in said.values() if isinstance(value, dict) and "bits" in value)
+    others = "".join(f", {count} modules in {bits} bits" for bits, count in sorted(special.items()))
+    return f"by MLX, {said.get('bits')} bits in groups of {said.get('group_size')}{others}"
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    """How many numbers the tensors stand for; scales and biases of a quantised module are none of them."""
+    if not settings.is_quantised(checkpoint.config):
+        return sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    said, total = checkpoint.config["quantization"], 0
+    for name, tensor in checkpoint.tensors.items():
+        module, _, kind = name.rpartition(".")
+        packed = f"{module}.scales" in checkpoint.tensors
+        if not packed or kind not in ("weight", "scales", "biases"):
+            total += prod(tensor.shape)
+        elif kind == "weight":
+            own = said.get(module)
+            bits = own.get("bits") if isinstance(own, dict) else said.get("bits")
+            total += prod(tensor.shape) * 32 // (bits or 32)
+    return total
+
+
+def _open_quantised(directory: Path) -> Checkpoint | None:
+    """A directory of MLX's quantised weights, which the readers refuse; None if it is something else."""
+    if not (directory / "config.json").is_file():
+        return None
+    config = read_object(directory / "config.json")
+    files = tuple(sorted(directory.glob("model*.safetensors")))
+    if not settings.is_quantised(config) or not files:
+        return None
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= stored.headers(file)
+    return Checkpoint(directory, "safetensors", files, tensors, config)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> str | None:
+    source = checkpoint.source
+    if checkpoint.format == "GGUF":
+        metadata = gguf_header.read(checkpoint.files[0]).metadata
+        kind = metadata.get("tokenizer.ggml.model")
+        if kind is None:
+            return None
+        count = len(metadata.get("tokenizer.ggml.tokens", ()))
+        chat = ", with a chat template" if "tokenizer.chat_template" in metadata else ""
+        return f"in the GGUF file, {kind}, {count} entries{chat}"
+    directory = source if source.is_dir() else source.parent
+    if (directory / "tokenizer.json").is_file():
+        try:
+            model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+            kind, count = model.get("type"), len(model["vocab"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "tokenizer.json, which is damaged"
+        chat = ", with a chat template" if _has_template(directory) else ""
+        return f"tokenizer.json, {kind or 'of an unnamed kind'}, {count} entries{chat}"
+    return "tokenizer.model, sentencepiece" if (directory / "tokenizer.model").is_file() else None
+
+
+def _has_template(directory: Path) -> bool:
+    if any((directory / f"chat_template.{suffix}").is_file() for suffix in ("jinja", "json")):
+        return True
+    try:
+        return "chat_template" in read_object(directory / "tokenizer_config.json")
+    except (OSError, DuoError):
+        return False
+
+
+def _commands(
+    source: str, checkpoint: Checkpoint, kind: str, quantised: bool, named: bool, problems: bool
+) -> tuple[str, ...]:
+    path = shlex.quote(source)
+    convert = f"duo-mlx convert {path}"
+    if kind == "Duo" and "model_file" in checkpoint.config and checkpoint.format == "safetensors" and not problems:
+        runs = f"duo-mlx generate --model {path} PROMPT"
+        if quantised:
+            return runs, f"{convert} DST --to torch --dequantise"
+        return runs, f"{convert} DST --to torch", f"{convert} DST --bits 4"
+    if not named:
+        return (f"{convert} DST --key-map FILE --dry-run",)
+    given = "" if checkpoint.config else " --config FILE"
+    if problems and not given:
+        return ()
+    if kind == "dense":
+        return (f"{convert} DST --graft --calibrate TEXT{given}",)
+    return (f"{convert} DST --verify{given}",) if kind == "Duo" else ()
