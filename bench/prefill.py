@@ -11,16 +11,10 @@ layer's FFN and the head, which would hide the price, do not run.
 The default shape is SmolLM2-135M's with a small FFN 16 times narrower.
 """
 
-import csv
-import io
-import json
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +27,7 @@ import mlx.core as mx
 import numpy as np
 
 from duo_mlx.bench.interleave import Timings, interleave
-from duo_mlx.errors import DuoError
+from duo_mlx.bench.record import check_output, run, system, write_output
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.policies import RandomPolicy
 from duo_mlx.routes import Route, Routes
@@ -107,51 +101,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def system() -> dict[str, Any]:
-    """What the figures depend on: versions, device, threads, load."""
-    packages = ("duo-mlx", "mlx", "mlx-lm", "numpy")
-    return {
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-        "platform": platform.platform(),
-        "device": str(mx.device_info().get("device_name", mx.default_device())),
-        "cpus": os.cpu_count(),
-        "environment": {
-            name: value for name, value in os.environ.items() if name.startswith(("OPENBLAS_", "DUO_MLX_"))
-        },
-        "load_average": os.getloadavg(),
-    }
-
-
-def check_output(path: Path, force: bool) -> None:
-    """Refuse a file that cannot be written as asked, before anything is measured."""
-    if path.suffix not in (".json", ".csv"):
-        raise DuoError(f"--out {path}: the name must end in .json (everything) or .csv (the raw runs)")
-    if not path.parent.is_dir():
-        raise DuoError(f"--out {path}: there is no directory {path.parent}")
-    if path.exists() and not force:
-        raise DuoError(f"--out {path} exists already; give --force to replace it, or another name")
-
-
-def write_output(path: Path, record: dict[str, Any]) -> None:
-    """Write the record whole or not at all: all of it as JSON, or its runs as CSV ``pass,run,seconds``."""
-    text = io.StringIO(newline="")
-    if path.suffix == ".json":
-        json.dump(record, text, indent=1)
-        text.write("\n")
-    else:
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["pass", "run", "seconds"])
-        writer.writerows(
-            (name, run, value) for name, runs in record["runs_s"].items() for run, value in enumerate(runs)
-        )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--rounds", type=click.IntRange(1), default=10, help="Interleaved rounds, each there and back.")
 @click.option("--tokens", type=click.IntRange(1), default=512, help="Length of the prompt.")
@@ -198,14 +147,7 @@ def command(rounds: int, tokens: int, layers: int, seed: int, clock: str, out: P
 
 def main() -> None:
     """Run the command; bad input is one line on stderr and exit code 2."""
-    try:
-        command.main(standalone_mode=False)
-    except (click.ClickException, DuoError) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        click.echo(f"prefill: error: {' '.join(message.split())}", err=True)
-        sys.exit(2)
-    except click.Abort:
-        sys.exit(130)
+    run(command, "prefill")
 
 
 if __name__ == "__main__":

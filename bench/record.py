@@ -1,0 +1,70 @@
+"""What every benchmark writes: its result with the system that it was measured on, whole or not at all."""
+
+import csv
+import io
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+
+from duo_mlx.errors import DuoError
+from duo_mlx.files import output_file
+
+
+def system() -> dict[str, Any]:
+    """What the figures depend on: versions, device, threads, load."""
+    packages = ("duo-mlx", "mlx", "mlx-lm", "numpy")
+    return {
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "platform": platform.platform(),
+        "device": str(mx.device_info().get("device_name", mx.default_device())),
+        "cpus": os.cpu_count(),
+        "environment": {
+            name: value for name, value in os.environ.items() if name.startswith(("OPENBLAS_", "DUO_MLX_"))
+        },
+        "load_average": os.getloadavg(),
+    }
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuse a file that cannot be written as asked, before anything is measured."""
+    if path.suffix not in (".json", ".csv"):
+        raise DuoError(f"--out {path}: the name must end in .json (everything) or .csv (the raw runs)")
+    if not path.parent.is_dir():
+        raise DuoError(f"--out {path}: there is no directory {path.parent}")
+    if path.exists() and not force:
+        raise DuoError(f"--out {path} exists already; give --force to replace it, or another name")
+
+
+def write_output(path: Path, record: dict[str, Any], column: str = "pass") -> None:
+    """Write the record whole or not at all: all of it as JSON, or its runs as CSV ``COLUMN,run,seconds``."""
+    text = io.StringIO(newline="")
+    if path.suffix == ".json":
+        json.dump(record, text, indent=1)
+        text.write("\n")
+    else:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([column, "run", "seconds"])
+        writer.writerows(
+            (name, run, value) for name, runs in record["runs_s"].items() for run, value in enumerate(runs)
+        )
+    with output_file(path, force=True) as file:
+        file.write_text(text.getvalue(), encoding="utf-8")
+
+
+def run(command: click.Command, name: str) -> None:
+    """Run a benchmark's command line; bad input is one line on stderr and exit code 2."""
+    try:
+        command.main(standalone_mode=False)
+    except (click.ClickException, DuoError) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"{name}: error: {' '.join(message.split())}", err=True)
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
