@@ -38,8 +38,11 @@ def layer_parameters(args: ModelArgs) -> RouteTable:
     keys = 2 * args.hidden_size * args.num_key_value_heads * head_dim  # k_proj and v_proj, which even a skip writes
     small, big = (3 * args.hidden_size * inner for inner in (args.small_intermediate_size, args.intermediate_size))
     skip = keys if args.skip_scope == "layer" else queries + keys
-    row = {Route.SKIP: skip, Route.SMALL: queries + keys + small, Route.BIG: queries + keys + big}
-    return _repeat([row[route] for route in Route], args.num_hidden_layers)
+    by_route = np.zeros((args.num_hidden_layers, len(Route)), np.int64)
+    by_route[:, Route.SKIP], by_route[:, Route.BIG] = skip, queries + keys + big
+    for layer in range(args.num_hidden_layers):
+        by_route[layer, Route.SMALL] = queries + keys + (small if args.has_small(layer) else big)
+    return RouteTable(0, by_route)
 
 
 def flops(args: ModelArgs, context: int) -> RouteTable:
@@ -85,10 +88,6 @@ def cache_bytes(model: Model, context: int) -> RouteTable:
 def _attended(args: ModelArgs, layer: int, context: int) -> int:
     sliding = args.layer_types[layer] == "sliding_attention" and args.sliding_window
     return min(context, sliding) if sliding else context
-
-
-def _repeat(row: list[int], layers: int) -> RouteTable:
-    return RouteTable(0, np.tile(np.array(row, np.int64), (layers, 1)))
 
 
 def _nbytes(module: nn.Module) -> int:

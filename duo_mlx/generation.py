@@ -11,10 +11,11 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from duo_mlx import budget
 from duo_mlx.conditional import check_strategy
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Layer, Model
-from duo_mlx.policies import Policy, parse_route
+from duo_mlx.policies import FixedPolicy, Policy, parse_route
 from duo_mlx.routes import Route, Routes
 
 
@@ -45,10 +46,14 @@ class RoutedModel(nn.Module):
         return self.model(inputs, cache, input_embeddings, routes=routes, strategy=self.strategy)
 
     def routes(self, start: int, stop: int, batch: int = 1) -> Routes:
-        """The policy's routes; skip after its end, where mlx-lm starts one step whose result it drops."""
+        """The policy's routes as the model realises them.
+
+        After the policy's end, where mlx-lm starts one step whose result it drops, they are skip.
+        """
+        args = self.model.args
         if self.policy.length is not None and start >= self.policy.length:
-            return np.full(self.model.args.num_hidden_layers, Route.SKIP, np.uint8)
-        return self.policy.routes(start, stop, batch)
+            return np.full(args.num_hidden_layers, Route.SKIP, np.uint8)
+        return args.realised(self.policy.routes(start, stop, batch))
 
     @property
     def layers(self) -> list[Layer]:
@@ -56,6 +61,18 @@ class RoutedModel(nn.Module):
 
     def make_cache(self) -> list[Any]:
         return self.model.make_cache()
+
+
+def policy_of(model: Model, route: str | None, seed: int = 0) -> Policy:
+    """The policy that a route SPEC names for this model; None: its ``default_route``.
+
+    Raises:
+        DuoError: what is wrong with ``route``, in one line.
+    """
+    spec = route or model.args.default_route
+    if spec.startswith(budget.PREFIX):
+        return FixedPolicy(budget.best_pattern(model, spec))
+    return parse_route(spec, model.args.num_hidden_layers, seed)
 
 
 def encode(tokenizer: TokenizerWrapper, prompt: str | list[int]) -> list[int]:
@@ -110,7 +127,8 @@ def stream_generate(
         model: what `duo_mlx.load` gave.
         tokenizer: the same.
         prompt: text or token ids.
-        route: a route SPEC (see `duo_mlx.policies.parse_route`) or a policy; None: the model's ``default_route``.
+        route: a route SPEC (see `duo_mlx.policies.parse_route`, and `duo_mlx.budget` for ``budget:K``) or a policy;
+            None: the model's ``default_route``.
         strategy: how routes are carried out, see `duo_mlx.conditional`.
         seed: of random routes (sampling follows ``mx.random.seed``).
         max_tokens: at most so many tokens, and never beyond the model's context or the end of replayed routes.
@@ -124,7 +142,7 @@ def stream_generate(
     """
     layers = model.args.num_hidden_layers
     if route is None or isinstance(route, str):
-        route = parse_route(route or model.args.default_route, layers, seed)
+        route = policy_of(model, route, seed)
     tokens = encode(tokenizer, prompt)
     cached = _cached(kwargs.get("prompt_cache"))
     first = cached + len(tokens)

@@ -6,7 +6,7 @@ the routes, which are an argument of the pass. The method is Duo-LLM's (arXiv 24
 
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,13 @@ from numpy.typing import NDArray
 from duo_mlx import conditional
 from duo_mlx.errors import DuoError
 from duo_mlx.routes import Route, Routes, parse_pattern
+
+
+class KnownPattern(TypedDict):
+    """A fixed pattern and its mean loss in nats a token on the text that it was measured on."""
+
+    pattern: str
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,11 @@ class ModelArgs:
     tie_word_embeddings: bool = True
     layer_types: tuple[str, ...] = ()  # empty: full_attention everywhere
     sliding_window: int | None = None
+    small_layers: tuple[int, ...] | None = None  # layers that have a small FFN; in the others small means big
+    small_bias: bool = False  # whether small's projections have biases, whatever mlp_bias says of big's
     skip_scope: str = "ffn"  # what SKIP bypasses: "ffn", or "layer" (attention too; keys and values are still written)
     default_route: str = "big"  # the pattern of a pass for which nobody gives routes
+    best_patterns: tuple[KnownPattern, ...] = ()  # see `duo_mlx.budget`; what a measurement found
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
@@ -73,6 +83,20 @@ class ModelArgs:
                 f"config.json: hidden_size {self.hidden_size} is no multiple of "
                 f"num_attention_heads {self.num_attention_heads}, and there is no head_dim"
             )
+        if self.small_layers is not None:
+            numbers = tuple(self.small_layers)
+            if not all(type(number) is int and 0 <= number < self.num_hidden_layers for number in numbers):
+                raise DuoError(
+                    f"config.json: small_layers must be layer numbers from 0 to {self.num_hidden_layers - 1}"
+                )
+            object.__setattr__(self, "small_layers", tuple(sorted(set(numbers))))
+        object.__setattr__(self, "best_patterns", tuple(self.best_patterns))
+        try:
+            for known in self.best_patterns:
+                parse_pattern(known["pattern"], self.num_hidden_layers)
+                float(known["loss"])
+        except (DuoError, KeyError, TypeError, ValueError) as error:
+            raise DuoError(f"config.json: best_patterns must be a list of patterns with their losses: {error}") from None
         try:
             parse_pattern(self.default_route, self.num_hidden_layers)
         except DuoError as error:
@@ -97,6 +121,17 @@ class ModelArgs:
         if wrong := [key for key in sizes if type(given[key]) is not int or given[key] < 1]:
             raise DuoError(f"config.json: {wrong[0]} is {given[wrong[0]]!r}; it must be a positive integer")
         return cls(**given)
+
+    def has_small(self, layer: int) -> bool:
+        """Whether the layer has a small FFN of its own."""
+        return self.small_layers is None or layer in self.small_layers
+
+    def realised(self, routes: Routes) -> Routes:
+        """What ``routes [..., layers]`` come to: big where a layer without a small FFN is asked for small."""
+        if self.small_layers is None:
+            return routes
+        big_only = np.array([not self.has_small(layer) for layer in range(self.num_hidden_layers)])
+        return np.where(big_only & (routes == Route.SMALL), np.uint8(Route.BIG), routes)
 
     @cached_property
     def default_pattern(self) -> Routes:
@@ -123,16 +158,32 @@ class DuoFFN(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.big = llama.MLP(args)
-        self.small = llama.MLP(replace(args, intermediate_size=args.small_intermediate_size))
+        self.small = llama.MLP(
+            replace(
+                args, intermediate_size=args.small_intermediate_size, mlp_bias=args.mlp_bias or args.small_bias
+            )
+        )
+
+
+class BigOnlyFFN(nn.Module):
+    """A layer's FFN where no small one was made: small is another word for big."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.big = llama.MLP(args)
+
+    @property
+    def small(self) -> llama.MLP:
+        return self.big
 
 
 class Layer(nn.Module):
     """Attention that all tokens share, then the FFN that each token's route names."""
 
-    def __init__(self, args: ModelArgs, layer_type: str):
+    def __init__(self, args: ModelArgs, layer_type: str, has_small: bool = True):
         super().__init__()
         self.self_attn = Attention(args)
-        self.mlp = DuoFFN(args)
+        self.mlp = DuoFFN(args) if has_small else BigOnlyFFN(args)
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.use_sliding = layer_type == "sliding_attention"
@@ -167,21 +218,26 @@ class Decoder(nn.Module):
         super().__init__()
         self.args = args
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [Layer(args, layer_type) for layer_type in args.layer_types]
+        self.layers = [Layer(args, kind, args.has_small(index)) for index, kind in enumerate(args.layer_types)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(
         self, h: mx.array, cache: list[Any] | None, routes: list[conditional.LayerRoutes], strategy: str
     ) -> mx.array:
         caches = cache or [None] * len(self.layers)
+        masks = self.masks(h, caches)
+        for layer, layer_cache, route in zip(self.layers, caches, routes, strict=True):
+            h = layer(h, masks[layer.use_sliding], layer_cache, route, strategy)
+        return self.norm(h)
+
+    def masks(self, h: mx.array, caches: list[Any]) -> dict[bool, mx.array | str | None]:
+        """The attention masks of a pass over ``h [batch, tokens, hidden]``, by whether a layer's attention slides."""
         masks: dict[bool, mx.array | str | None] = {}
         for sliding in sorted({layer.use_sliding for layer in self.layers}):
             first = next(index for index, layer in enumerate(self.layers) if layer.use_sliding == sliding)
             window = self.args.sliding_window if sliding else None
             masks[sliding] = create_attention_mask(h, caches[first], window_size=window)
-        for layer, layer_cache, route in zip(self.layers, caches, routes, strict=True):
-            h = layer(h, masks[layer.use_sliding], layer_cache, route, strategy)
-        return self.norm(h)
+        return masks
 
 
 class Model(nn.Module):
@@ -221,7 +277,10 @@ class Model(nn.Module):
         h = self.model.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         chosen = self.args.default_pattern if routes is None else routes
         planned = conditional.plan(chosen, h.shape[0], h.shape[1], self.args.num_hidden_layers, strategy)
-        out = self.model(h, cache, planned, strategy)
+        return self.head(self.model(h, cache, planned, strategy))
+
+    def head(self, out: mx.array) -> mx.array:
+        """Logits ``[..., vocab]`` of what the decoder gave, ``[..., hidden]``."""
         if self.args.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(out)
         return self.lm_head(out)

@@ -48,6 +48,8 @@ def command(
       big, small, skip        that route in every layer
       BBBBBBssss--            one character a layer: B big, s small, - skip
       big@0,5,11              big in these layers, small elsewhere
+      budget:12, budget:0.6   the best known pattern with so many big layers,
+                              or with this share of all-big's bytes
       random                  big or small, drawn for each token and layer
       random:0.5,0.4,0.1      the same with probabilities of big, small, skip
       FILE, FILE:N            replay: tokens.npz (sequence N) or a text file,
@@ -74,14 +76,13 @@ def command(
     from duo_mlx.cli.painter import RoutePainter
     from duo_mlx.cli.statistics import Run
     from duo_mlx.errors import DuoError
-    from duo_mlx.generation import encode, room, stream_generate
-    from duo_mlx.policies import parse_route
+    from duo_mlx.generation import encode, policy_of, room, stream_generate
 
     loaded, tokenizer = load(model, revision=revision)
     for token in stop_tokens:
         _add_stop_token(tokenizer, token)
     spec = route or loaded.args.default_route
-    policy = parse_route(spec, loaded.args.num_hidden_layers, seed)
+    policy = policy_of(loaded, spec, seed)
     tokens = _encode_chat(tokenizer, prompt) if _wants_chat(tokenizer, chat) else encode(tokenizer, prompt)
     limit = room(loaded, policy, len(tokens))
     if limit is not None and limit < max_tokens:
