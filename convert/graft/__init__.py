@@ -96,12 +96,12 @@ def graft(
         done = 2 * layers
     else:
         measure_metrics(model, windows, state, step)
-    first = next((layer for layer in range(layers) if not state.has(f"dense-{layer + 1}")), layers)
-    if first == 0:
+    first = max((layer for layer in range(layers + 1) if state.has(f"dense-{layer}")), default=0)
+    if not state.has(f"dense-{first}"):
         embedded = model.embed(windows)
         state.save("routed-0", embedded)
         state.save("dense-0", embedded)
-    elif first < layers:
+    elif first:
         print(f"resuming the graft in {work} at layer {first} of {layers}", file=sys.stderr)  # noqa: T201
     done += first
     for index in range(first, layers):
@@ -204,9 +204,7 @@ def _lazy(state: State, name: str) -> Tensor:
     return Tensor(state.load(name).shape, "float32", lambda: mx.array(state.load(name)))
 
 
-def _describe(
-    dense: Tensors, config: dict[str, Any], settings: Graft, windows: NDArray[np.integer]
-) -> dict[str, Any]:
+def _describe(dense: Tensors, config: dict[str, Any], settings: Graft, windows: NDArray[np.integer]) -> dict[str, Any]:
     """What a graft is of: a state with another description is another graft's. The norms stand for all weights."""
     digest = hashlib.sha256(windows.tobytes())
     for name, tensor in sorted(dense.items()):

@@ -81,9 +81,7 @@ class Projection:
     bias: Matrix  # [neurons]
 
 
-def solve(
-    moments: Moments, gate: Projection, up: Projection, metric: Matrix, width: int, linear: int
-) -> SmallFFN:
+def solve(moments: Moments, gate: Projection, up: Projection, metric: Matrix, width: int, linear: int) -> SmallFFN:
     """The small FFN of ``width`` neurons.
 
     Args:
