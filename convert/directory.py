@@ -1,117 +1,275 @@
-"""From a canonical PyTorch checkpoint to a model directory, whole or not at all."""
+"""From a checkpoint to a model directory, whole or not at all: a Duo as it is, or a dense model grafted."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
+from typing import TYPE_CHECKING, Any
 
 from duo_mlx import checkpoint
-from duo_mlx.convert import readers, tokenizer
+from duo_mlx.arguments import ModelArgs
+from duo_mlx.convert import calibration, plan
+from duo_mlx.convert.calibration import Calibration, Text
+from duo_mlx.convert.source import Source, as_big, open_source
+from duo_mlx.convert.tensors import Tensors
+from duo_mlx.convert.tokenizer import write_tokenizer
+from duo_mlx.convert.writer import write_weights
 from duo_mlx.errors import DuoError
-from duo_mlx.files import output_directory
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.files import output_directory, refuse_existing, refuse_overlap, writing
+
+if TYPE_CHECKING:
+    from duo_mlx.convert.graft import Graft
+    from duo_mlx.convert.parity import Parity
+
+
+class DisagreementError(Exception):
+    """``--verify`` found a difference beyond the tolerance; nothing was written."""
 
 
 @dataclass(frozen=True)
-class Misfit:
-    """A tensor that does not fit the configuration; a shape of None: it is not there, or not wanted."""
+class Bits:
+    """How to quantise; see `duo_mlx.convert.quantise.quantise`."""
 
-    name: str
-    found: tuple[int, ...] | None
-    expected: tuple[int, ...] | None
-
-    def __str__(self) -> str:
-        if self.found is None:
-            return f"missing     {self.name} {list(self.expected or ())}"
-        if self.expected is None:
-            return f"left over   {self.name} {list(self.found)}"
-        return f"wrong shape {self.name} {list(self.found)}, config.json implies {list(self.expected)}"
+    bits: int | None = None
+    small_bits: int | None = None
+    group_size: int = 64
 
 
-class MisfitError(DuoError):
-    """Weights and configuration disagree; ``misfits`` lists every tensor, the message counts them."""
+@dataclass(frozen=True)
+class Watch:
+    """Who is told what happens."""
 
-    def __init__(self, source: Path, misfits: list[Misfit]):
-        super().__init__(f"{source}: {len(misfits)} tensors do not fit config.json; nothing was written")
-        self.misfits = misfits
+    progress: Callable[[str, float, float], object] = lambda *_: None  # stage, what is done and what is to be
+    note: Callable[[str], object] = lambda _: None  # a line
+    parity: Callable[[str, "list[Parity]"], object] = lambda *_: None  # what was verified, and what was found
 
-
-def compare(weights: readers.Weights, model: Model) -> list[Misfit]:
-    """What is missing, left over or of the wrong shape."""
-    expected = {name: value.shape for name, value in checkpoint.parameters(model).items()}
-    found = {name: value.shape for name, value in weights.items()}
-    names = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
-    return [Misfit(name, found.get(name), expected.get(name)) for name in names]
-
-
-def _model(args: ModelArgs) -> Model:
-    """The model with weights that are never computed: it is there for their names and shapes."""
-    try:
-        return Model(args)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:  # mlx-lm's and MLX's word for bad settings
-        raise DuoError(f"config.json: no model can be made of it: {' '.join(str(error).split())}") from error
-
-
-def _check_tied_head(source: Path, weights: readers.Weights, args: ModelArgs) -> None:
-    """A tied head is dropped from the weights, so it must not be another one."""
-    head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
-    if not args.tie_word_embeddings or head is None or embedding is None:
-        return
-    if head.shape != embedding.shape or not mx.array_equal(head, embedding).item():
-        raise DuoError(
-            f"{source}: lm_head.weight is not model.embed_tokens.weight, so config.json must say "
-            '"tie_word_embeddings": false'
-        )
+    def stage(self, name: str) -> Callable[[float, float], object]:
+        """`progress` of one stage."""
+        return lambda done, total: self.progress(name, done, total)
 
 
 def convert(
-    source: Path,
+    source: str | Path,
     destination: Path,
     *,
     config: Path | None = None,
-    dtype: mx.Dtype | None = None,
+    revision: str | None = None,
+    key_map: str | None = None,
+    rope: str | None = None,
+    dtype: str | None = None,
     default_route: str | None = None,
+    graft: "Graft | None" = None,
+    calibrate: Calibration | None = None,
+    bits: Bits | None = None,
+    allow_nonfinite: bool = False,
+    verify: bool = False,
     force: bool = False,
-    verify: Callable[[Path, dict[str, Any], readers.Weights], None] | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Write the model directory ``destination`` from ``source``.
 
     Args:
-        source: a directory with config.json, weights and tokenizer files, or a single weights file.
+        source, config, revision, key_map, rope, dtype, default_route: see `duo_mlx.convert.source.open_source`.
         destination: it must not exist, unless ``force`` is given.
-        config: config.json of a single weights file.
-        dtype: of the floating-point weights; None: as stored.
-        default_route: goes into config.json in place of what that says.
+        graft: how to make a Duo of a dense model; its state is kept beside ``destination`` until that is there, so that
+            a graft which was interrupted goes on. None: the source is a Duo.
+        calibrate: the texts of the graft and of measuring best patterns.
+        bits: write a quantised model.
+        allow_nonfinite: take NaN and infinity in weights.
+        verify: compare with another implementation, see `duo_mlx.convert.parity`, before anything has its name.
         force: replace an existing model directory.
-        verify: is called with the new directory, the configuration and the source's weights; what it raises leaves
-            nothing written.
+        watch: is told of progress, of what was verified, and of what is worth a line.
 
     Raises:
-        DuoError: see `duo_mlx.convert.readers`; `MisfitError`: the tensors do not fit the configuration.
+        DuoError: the source cannot be converted, or the destination not be written; `MisfitError`: tensors do not fit
+            the configuration.
+        DisagreementError: ``verify`` found a difference.
     """
-    inside = source if source.is_dir() else source.parent
-    for read in (inside, *([config] if config else [])):
-        if read.resolve().is_relative_to(destination.resolve()):
-            raise DuoError(f"{destination}: is or holds the source {read}; give another destination")
-    if source.is_dir() and destination.resolve().is_relative_to(source.resolve()):
-        raise DuoError(f"{destination}: lies inside the source {source}; give another destination")
-    with output_directory(destination, force) as directory:
-        settings = readers.read_config(source, config)
-        if default_route is not None:
-            settings["default_route"] = default_route
-        args = ModelArgs.from_dict(settings)
-        model = _model(args)
-        weights = readers.read(source)
-        _check_tied_head(source, weights, args)
-        kept = model.sanitize(weights)
-        if misfits := compare(kept, model):
-            raise MisfitError(source, misfits)
-        if dtype is not None:
-            kept = {name: value.astype(dtype) for name, value in kept.items()}
-            settings |= {key: str(dtype).rpartition(".")[2] for key in ("dtype", "torch_dtype") if key in settings}
-        checkpoint.save(directory, settings, kept)
-        tokenizer.write(inside, directory, args.vocab_size)
-        if verify is not None:
-            verify(directory, settings, kept)
+    watch = watch or Watch()
+    refuse_existing(destination, force)
+    paths = calibrate.texts if calibrate else ()
+    for read in (Path(source), config, key_map and Path(key_map), *paths):
+        if read and read.exists():
+            refuse_overlap(read, destination)
+    if verify and (graft is None or bits is not None):
+        require_torch()
+    if graft is not None and calibrate is None:
+        raise DuoError("a graft needs calibration texts; give them with --calibrate")
+    texts = calibration.read_texts(paths)
+    found = open_source(
+        source,
+        graft=graft is not None,
+        config=config,
+        revision=revision,
+        key_map=key_map,
+        rope=rope,
+        dtype=dtype,
+        default_route=default_route,
+    )
+    found.check()
+    refuse_overlap(found.checkpoint.source, destination)
+    if graft is not None and graft.small_layers is not None:
+        _check_layers(graft.small_layers, found)
+    state = destination.absolute().with_name(f".{destination.absolute().name}.graft")
+    job = _Job(found, texts, watch, graft, calibrate, bits, allow_nonfinite, verify, state)
+    try:
+        with output_directory(destination, force) as directory:
+            job.fill(directory)
+    except (Exception, KeyboardInterrupt) as error:
+        if graft is not None and state.exists() and not isinstance(error, DisagreementError):
+            watch.note(f"what was grafted is kept in {state}; the same command goes on from there")
+        raise
+    if graft is not None:
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def require_torch() -> None:
+    """Say that PyTorch is missing before the work, not after it.
+
+    Raises:
+        DuoError: it is not installed.
+    """
+    if find_spec("torch") is None:
+        raise DuoError("--verify needs PyTorch: pip install 'duo-mlx[torch]'")
+
+
+def judge(watch: Watch, what: str, found: "list[Parity]", *, identical_argmax: bool = False) -> None:
+    """Hand on what was found by verifying ``what``.
+
+    Raises:
+        DisagreementError: it is beyond the tolerance.
+    """
+    from duo_mlx.convert import parity
+
+    watch.parity(what, found)
+    if parity.failures(found, identical_argmax=identical_argmax):
+        raise DisagreementError(f"beyond the tolerance of {parity.TOLERANCE:g}; nothing was written")
+
+
+def _check_layers(small_layers: tuple[int, ...], found: Source) -> None:
+    layers = found.config["num_hidden_layers"]
+    if beyond := [layer for layer in small_layers if layer >= layers]:
+        raise DuoError(f"--small-layers: there is no layer {beyond[0]}; {found.name} has layers 0 to {layers - 1}")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One conversion, whose source is open and whose options are known."""
+
+    source: Source
+    texts: list[Text]
+    watch: Watch
+    graft: "Graft | None"
+    calibrate: Calibration | None
+    bits: Bits | None
+    allow_nonfinite: bool
+    verify: bool
+    state: Path  # where a graft keeps what it has
+
+    def fill(self, directory: Path) -> None:
+        """Write everything into the new ``directory``."""
+        if self.bits is None:
+            self._write(directory)
+            return
+        self._write(staged := _made(directory / "float"))
+        self._quantise(staged, directory)
+        shutil.rmtree(staged)
+
+    def _write(self, directory: Path) -> None:
+        """The model in float."""
+        self._bring_tokenizer(directory)
+        ids = self._divide(directory)
+        tensors, config = self._grafted(ids) if ids and self.graft else (self.source.tensors, self.source.config)
+        write_weights(directory, tensors, allow_nonfinite=self.allow_nonfinite, progress=self.watch.stage("writing"))
+        checkpoint.save_config(directory, config)
+        if ids is not None and ids.windows is not None:
+            best = calibration.measure(directory, ids.windows, self.texts, self._measured)
+            checkpoint.save_config(directory, config | {"best_patterns": best})
+        elif config.get("best_patterns"):
+            self._bring_record(directory)
+        if self.verify:
+            self._verify(directory, config, tensors)
+
+    def _measured(self, share: float) -> None:
+        self.watch.progress("measuring", share, 1)
+
+    def _bring_tokenizer(self, directory: Path) -> None:
+        try:
+            write_tokenizer(self.source.checkpoint, directory, self.source.config["vocab_size"])
+        except OSError as error:
+            raise DuoError(f"{error.filename2 or error.filename or directory}: {error.strerror or error}") from error
+
+    def _bring_record(self, directory: Path) -> None:
+        """What stands beside ``best_patterns`` that are taken as they are."""
+        beside = self.source.checkpoint.files[0].parent / calibration.RECORD
+        if beside.is_file():
+            with writing(directory / beside.name):
+                shutil.copyfile(beside, directory / beside.name)
+
+    def _divide(self, directory: Path) -> calibration.Split | None:
+        """The token ids of the texts, in the words of the tokenizer in ``directory``."""
+        if self.calibrate is None:
+            return None
+        wanted = self.graft.tokens if self.graft else 0
+        longest = self.source.config.get("max_position_embeddings")
+        ids = calibration.encode(directory, self.source.config, self.texts)
+        found = calibration.split(
+            ids, wanted, self.calibrate.measure_tokens, longest if type(longest) is int and longest > 0 else None
+        )
+        if found.note:
+            self.watch.note(found.note)
+        return found
+
+    def _grafted(self, ids: calibration.Split) -> tuple[Tensors, dict[str, Any]]:
+        """The Duo's tensors and configuration.
+
+        Raises:
+            MisfitError: the graft made something else than a Duo.
+        """
+        from duo_mlx.convert.graft import graft as make_small
+
+        assert self.graft is not None
+        source, progress = self.source, self.watch.stage("grafting")
+        smalls, extra = make_small(source.tensors, source.config, self.graft, ids.graft, self.state, progress)
+        tensors = as_big(self.source.tensors)
+        for name, tensor in smalls.items():
+            beside = tensors[name.replace(".small.", ".big.").removesuffix("bias").removesuffix("weight") + "weight"]
+            tensors[name] = tensor.astype(beside.dtype)
+        config = self.source.config | extra | {"model_type": "duo"}
+        if misfits := plan.misfits(tensors, plan.expected_shapes(ModelArgs.from_dict(config))):
+            raise plan.MisfitError(self.source.name, misfits)
+        return tensors, config
+
+    def _verify(self, directory: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
+        from duo_mlx.convert import parity
+
+        if self.graft is None:
+            judge(self.watch, "the model", parity.measure(directory, dict(config), tensors))
+            return
+        found = parity.measure_dense(directory, self.source.tensors, self.source.config)
+        judge(self.watch, "all big and the dense model", found, identical_argmax=True)
+
+    def _quantise(self, directory: Path, quantised: Path) -> None:
+        from duo_mlx.convert.quantise import quantise
+
+        assert self.bits is not None
+        made = quantise(
+            directory,
+            quantised,
+            bits=self.bits.bits,
+            small_bits=self.bits.small_bits,
+            group_size=self.bits.group_size,
+            progress=self.watch.stage("quantising"),
+        )
+        self.watch.note(str(made))
+        if self.verify:
+            from duo_mlx.convert import parity
+
+            judge(self.watch, "the quantised model", parity.measure_quantised(quantised))
+
+
+def _made(directory: Path) -> Path:
+    with writing(directory):
+        directory.mkdir()
+    return directory

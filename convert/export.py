@@ -1,6 +1,7 @@
 """Back to PyTorch: a model directory as a state dict, or as a directory of safetensors, in names of one's choice."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from duo_mlx import checkpoint
@@ -16,7 +17,13 @@ OURS = ("model_file", "quantization", "quantization_config")  # keys of config.j
 
 
 def export(
-    source: Path, destination: Path, *, names: str = "canonical", dequantise: bool = False, force: bool = False
+    source: Path,
+    destination: Path,
+    *,
+    names: str = "canonical",
+    dequantise: bool = False,
+    force: bool = False,
+    verify: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a model directory's weights for PyTorch; with canonical names `duo_mlx.convert.reference` loads them.
 
@@ -27,6 +34,7 @@ def export(
         names: a key map's, see `duo_mlx.convert.keymaps.NAMES`.
         dequantise: let a quantised model become the numbers that it stands for, in the type of its scales.
         force: replace what is there.
+        verify: is called with what was written, before it gets its name; what it raises leaves nothing written.
 
     Raises:
         DuoError: the source is no Duo model, damaged, or quantised without ``dequantise``; the destination exists or
@@ -41,12 +49,16 @@ def export(
     if destination.suffix in PICKLES:
         with output_file(destination, force) as file:
             _save_state(file, weights)
+            if verify is not None:
+                verify(file)
         return
     with output_directory(destination, force) as directory:
         kept = {key: value for key, value in sorted(config.items()) if key not in OURS}
         write_text(directory / "config.json", json.dumps(kept, indent=2) + "\n")
         write_weights(directory, weights, metadata={"format": "pt"}, allow_nonfinite=True)
         tokenizer.write(source, directory, config["vocab_size"])
+        if verify is not None:
+            verify(directory)
 
 
 def _save_state(file: Path, weights: Tensors) -> None:

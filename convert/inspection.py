@@ -10,12 +10,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from duo_mlx.arguments import ModelArgs
 from duo_mlx.convert import keymaps, plan, settings, stored
 from duo_mlx.convert.readers import gguf_header, open_checkpoint
 from duo_mlx.convert.readers.text import read_object
 from duo_mlx.convert.tensors import Checkpoint, Tensor, Tensors
 from duo_mlx.errors import DuoError
-from duo_mlx.model import ModelArgs
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 

@@ -2,6 +2,10 @@
 
 The other one is the PyTorch reference with the source's weights, with an export's, or with what a quantised directory's
 weights stand for; or, for a dense model and the Duo that it became, mlx-lm's llama. Both sides compute in float32.
+
+In models with large activations (a grafted SmolLM2 is one) float32 alone costs some logits up to a hundred times the
+tolerance, in PyTorch as in MLX: both are as far from the reference in double precision as from each other. There the
+difference is judged by what it does to the distribution, see `failures`.
 """
 
 from collections.abc import Iterable
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from duo_mlx.convert.reference import DuoModel
 
 TOLERANCE = 1e-4  # on logits
+ROUNDING = 0.1  # on single logits, where the distributions agree
+SAME = 5e-8  # mean KL in nats of distributions that agree; logits that are all off by 3e-4 give it
 
 
 @dataclass(frozen=True)
@@ -156,12 +162,21 @@ def compare(route: str, theirs: NDArray[np.floating], ours: NDArray[np.floating]
 
 
 def failures(found: Iterable[Parity], *, identical_argmax: bool = False) -> list[Parity]:
-    """Those beyond the tolerance, as a NaN is; with ``identical_argmax`` those that choose another token, too."""
-    return [
-        parity
-        for parity in found
-        if not parity.max_abs_difference <= TOLERANCE or (identical_argmax and parity.argmax_agreement < 1)
-    ]
+    """Those beyond the tolerance, as a NaN is; with ``identical_argmax`` those that choose another token, too.
+
+    Without ``identical_argmax``, which is for two sides that compute alike, rounding is no failure: some logits may
+    differ by up to `ROUNDING` where every token chooses the same and the mean KL is at most `SAME`.
+    """
+    return [row for row in found if not (_strictly(row) if identical_argmax else _but_for_rounding(row))]
+
+
+def _strictly(row: Parity) -> bool:
+    return row.max_abs_difference <= TOLERANCE and row.argmax_agreement == 1
+
+
+def _but_for_rounding(row: Parity) -> bool:
+    unchanged = row.argmax_agreement == 1 and abs(row.mean_kl) <= SAME
+    return row.max_abs_difference <= TOLERANCE or (row.max_abs_difference <= ROUNDING and unchanged)
 
 
 def _model(directory: Path, rounded: bool = False) -> Model:

@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from duo_mlx import checkpoint
+from duo_mlx.arguments import ModelArgs
 from duo_mlx.convert.keymaps import KeyMap
 from duo_mlx.convert.tensors import Tensor, Tensors
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Model, ModelArgs
+
+if TYPE_CHECKING:
+    from duo_mlx.model import Model
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -69,12 +71,14 @@ def mapped(tensors: Tensors, keymap: KeyMap, config: Mapping[str, Any], source: 
         raise DuoError(f"{source}: {error}") from None
 
 
-def empty_model(args: ModelArgs) -> Model:
+def empty_model(args: ModelArgs) -> "Model":
     """The model with weights that are never computed: it is there for their names and shapes.
 
     Raises:
         DuoError: the settings make no model.
     """
+    from duo_mlx.model import Model
+
     try:
         return Model(args)
     except (ValueError, KeyError, TypeError, OverflowError) as error:  # mlx-lm's and MLX's word for bad settings
@@ -84,15 +88,50 @@ def empty_model(args: ModelArgs) -> Model:
 def expected_shapes(args: ModelArgs, dense: bool = False) -> dict[str, tuple[int, ...]]:
     """The canonical names of a model's weights and their shapes; ``dense``: of one without small FFNs.
 
+    They are said here once more, in the model's order, because the model needs mlx-lm, which takes seconds to import.
+
     Raises:
         DuoError: the settings make no model.
     """
-    shapes = {name: value.shape for name, value in checkpoint.parameters(empty_model(args)).items()}
-    if dense:
-        return {
-            name.replace(".mlp.big.", ".mlp."): value for name, value in shapes.items() if ".mlp.small." not in name
-        }
+    for name in ("head_dim", "num_key_value_heads"):
+        value = getattr(args, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise DuoError(f"config.json: {name} is {value!r}; it must be a positive integer")
+    if args.rope_scaling:
+        empty_model(args)  # mlx-lm says what it can do
+    hidden = args.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (args.vocab_size, hidden)}
+    for layer in range(args.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        shapes |= _attention_shapes(args, f"{prefix}.self_attn")
+        width, small = args.intermediate_size, args.small_intermediate_size
+        shapes |= _ffn_shapes(f"{prefix}.mlp{'' if dense else '.big'}", hidden, width, args.mlp_bias)
+        if not dense and args.has_small(layer):
+            shapes |= _ffn_shapes(f"{prefix}.mlp.small", hidden, small, args.mlp_bias or args.small_bias)
+        shapes |= {f"{prefix}.{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+    shapes["model.norm.weight"] = (hidden,)
+    if not args.tie_word_embeddings:
+        shapes["lm_head.weight"] = (args.vocab_size, hidden)
     return shapes
+
+
+def _attention_shapes(args: ModelArgs, prefix: str) -> dict[str, tuple[int, ...]]:
+    width = args.head_dim or args.hidden_size // args.num_attention_heads
+    rows = {"q": args.num_attention_heads, "k": args.num_key_value_heads, "v": args.num_key_value_heads}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, heads in rows.items():
+        shapes |= _linear(f"{prefix}.{name}_proj", heads * width, args.hidden_size, args.attention_bias)
+    return shapes | _linear(f"{prefix}.o_proj", args.hidden_size, args.num_attention_heads * width, args.attention_bias)
+
+
+def _ffn_shapes(prefix: str, hidden: int, width: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    inwards = _linear(f"{prefix}.gate_proj", width, hidden, bias) | _linear(f"{prefix}.up_proj", width, hidden, bias)
+    return inwards | _linear(f"{prefix}.down_proj", hidden, width, bias)
+
+
+def _linear(module: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    weight: dict[str, tuple[int, ...]] = {f"{module}.weight": (rows, columns)}
+    return weight | {f"{module}.bias": (rows,)} if bias else weight
 
 
 def kept(tensors: Tensors, tied: bool) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ There is no KV cache, no kernel and no strategy here; a token's FFN runs on exac
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -41,6 +42,8 @@ class DuoConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = True
+    small_layers: Sequence[int] | None = None  # layers that have a small FFN; in the others small means big
+    small_bias: bool = False  # whether small's projections have biases, whatever mlp_bias says of big's
     skip_scope: str = "ffn"  # what SKIP bypasses: "ffn", or "layer" (attention too; keys and values stay)
 
     @classmethod
@@ -51,6 +54,9 @@ class DuoConfig:
     @classmethod
     def from_file(cls, path: Path) -> Self:
         return cls.from_dict(json.loads(path.read_text()))
+
+    def has_small(self, layer: int) -> bool:
+        return self.small_layers is None or layer in self.small_layers
 
     @property
     def kv_heads(self) -> int:
@@ -138,15 +144,16 @@ class FFN(nn.Module):
 class DuoFFN(nn.Module):
     """A big and a small FFN side by side; each runs on the tokens routed to it, skipped tokens get zeros."""
 
-    def __init__(self, config: DuoConfig):
+    def __init__(self, config: DuoConfig, has_small: bool = True):
         super().__init__()
+        bias = config.mlp_bias or config.small_bias
         self.big = FFN(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.small = FFN(config.hidden_size, config.small_intermediate_size, config.mlp_bias)
+        self.small = FFN(config.hidden_size, config.small_intermediate_size, bias) if has_small else None
 
     def forward(self, x: Tensor, routes: Tensor) -> Tensor:
         """``x [batch, tokens, hidden]``, ``routes [batch, tokens]`` -> ``[batch, tokens, hidden]``."""
         flat, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
-        for route, module in ((BIG, self.big), (SMALL, self.small)):
+        for route, module in ((BIG, self.big), (SMALL, self.small or self.big)):
             index = (routes.flatten() == route).nonzero().squeeze(-1)
             if index.numel():
                 out = out.index_copy(0, index, module(flat.index_select(0, index)))
@@ -154,10 +161,10 @@ class DuoFFN(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: DuoConfig, dropout: float):
+    def __init__(self, config: DuoConfig, dropout: float, has_small: bool = True):
         super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = DuoFFN(config)
+        self.mlp = DuoFFN(config, has_small)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.skips_attention = config.skip_scope == "layer"
@@ -175,7 +182,9 @@ class Decoder(nn.Module):
     def __init__(self, config: DuoConfig, dropout: float):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, dropout) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Layer(config, dropout, config.has_small(index)) for index in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from duo_mlx.arguments import ModelArgs
 from duo_mlx.convert.tensors import DTYPES, Tensor, Tensors
 from duo_mlx.errors import DuoError
-from duo_mlx.model import ModelArgs
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",

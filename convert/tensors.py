@@ -4,7 +4,7 @@ Readers give `Tensor` objects, key maps rename and reshape them, writers load th
 of any size passes through a memory that holds a shard of it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ class Tensor:
     dtype: str  # one of DTYPES
     load: Callable[[], mx.array] = field(compare=False, repr=False)
     stored: str = ""  # how the file stores it where that is not ``dtype``, such as Q4_1
+    # the same bits as unsigned integers, in pieces that are good until the next one; None where they must be computed
+    pieces: Callable[[], Iterator[NDArray[Any]]] | None = field(default=None, compare=False, repr=False)
     name: str = field(default="", compare=False)  # in the source, see `duo_mlx.convert.plan.mapped`; "a + b": of two
 
     @classmethod
@@ -42,7 +45,8 @@ class Tensor:
     def apply(self, function: Callable[[mx.array], mx.array], shape: tuple[int, ...] | None = None) -> "Tensor":
         """``function`` of the tensor, which gives ``shape`` (None: the same), when it is loaded."""
         load = self.load
-        return replace(self, shape=self.shape if shape is None else shape, load=lambda: function(load()))
+        shape = self.shape if shape is None else shape
+        return replace(self, shape=shape, load=lambda: function(load()), pieces=None)
 
     def astype(self, dtype: str) -> "Tensor":
         """The tensor in another type."""

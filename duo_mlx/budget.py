@@ -31,16 +31,19 @@ def best_pattern(model: Model, spec: str) -> Routes:
             f"route {spec!r}: this model's config.json has no best_patterns; "
             "measure them with duo-mlx convert MODEL DST --calibrate TEXT"
         )
-    patterns = np.stack([parse_pattern(known["pattern"], layers) for known in model.args.best_patterns])
+    known = [parse_pattern(known["pattern"], layers) for known in model.args.best_patterns]
+    patterns = model.args.realised(np.stack(known))
     losses = np.array([known["loss"] for known in model.args.best_patterns])
     text = spec.removeprefix(PREFIX)
     if text.isascii() and text.isdigit():
-        within = (patterns == Route.BIG).sum(axis=1) <= int(text)
-        least = f"{(patterns == Route.BIG).sum(axis=1).min()} big layers"
+        bigs = (patterns == Route.BIG).sum(axis=1)
+        within = bigs <= float(text)  # int() refuses thousands of digits
+        least = f"{bigs.min()} big layer{'s' if bigs.min() != 1 else ''}"
     else:
         shares = shares_of_bytes(model, patterns)
         within = shares <= _share(spec, text) + 1e-9
-        least = f"{shares.min():.2f} of the bytes"
+        # rounded up, so that the pattern is within what is said here
+        least = f"{np.ceil(shares.min() * 100 - 1e-7) / 100:.2f} of the bytes"
     if not within.any():
         raise DuoError(f"route {spec!r}: the cheapest known pattern of this model has {least}")
     best: Routes = patterns[within][losses[within].argmin()]

@@ -3,27 +3,28 @@
 A model directory is what mlx-lm expects (config.json, model*.safetensors, tokenizer files) plus a ``model_file``, three
 lines that hand stock mlx-lm the architecture from this package. `load` never runs that file nor any other code from a
 model directory.
+
+mlx-lm, transformers and the hub's library are imported where they are used: they take seconds, and who only writes a
+directory does not need them.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mlx.utils import tree_flatten
-from mlx_lm import utils as mlx_lm_utils
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tokenizer_utils import load as load_tokenizer
 from safetensors import SafetensorError, safe_open
-from transformers.utils import logging as transformers_logging
 
 from duo_mlx import shards
 from duo_mlx.errors import DuoError
-from duo_mlx.files import write_text, writing
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.files import write_text
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from duo_mlx.model import Model
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -44,7 +45,7 @@ def load(
     revision: str | None = None,
     dtype: mx.Dtype | None = None,
     lazy: bool = False,
-) -> tuple[Model, TokenizerWrapper]:
+) -> "tuple[Model, TokenizerWrapper]":
     """Load a Duo model and its tokenizer.
 
     Args:
@@ -68,12 +69,16 @@ def load(
     return model, read_tokenizer(directory, read_config(directory))
 
 
-def read_model(directory: Path) -> Model:
+def read_model(directory: Path) -> "Model":
     """The model in a directory with its weights as stored, each unread until it is used.
 
     Raises:
         DuoError: it is no Duo model, or its files are damaged.
     """
+    from mlx_lm import utils as mlx_lm_utils
+
+    from duo_mlx.model import Model, ModelArgs
+
     read_config(directory)
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
@@ -101,6 +106,9 @@ def resolve(path: str | Path | None, revision: str | None = None) -> Path:
         return directory
     if directory.exists():
         raise DuoError(f"{directory} is a file; a model is a directory with config.json and model*.safetensors")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=HUB_FILES))
     except HFValidationError:
@@ -135,8 +143,11 @@ def _check_safetensors(file: Path) -> None:
         raise DuoError(f"{file}: is damaged or no safetensors file ({_one_line(error)})") from None
 
 
-def read_tokenizer(directory: Path, config: dict[str, Any]) -> TokenizerWrapper:
+def read_tokenizer(directory: Path, config: dict[str, Any]) -> "TokenizerWrapper":
     """The directory's tokenizer in mlx-lm's wrapper; code from the directory is refused."""
+    from mlx_lm.tokenizer_utils import load as load_tokenizer
+    from transformers.utils import logging as transformers_logging
+
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns of every model_type that is not its own
     try:
@@ -160,11 +171,12 @@ def save(directory: Path, config: dict[str, Any], weights: dict[str, mx.array], 
 
 
 def save_config(directory: Path, config: dict[str, Any]) -> None:
-    """Write the config.json of a Duo model and the model file that it names into an existing directory."""
-    with writing(directory / "config.json"):
-        mlx_lm_utils.save_config(
-            config | {"model_type": "duo", "model_file": MODEL_FILE}, config_path=directory / "config.json"
-        )
+    """Write the config.json of a Duo model, as mlx-lm would, and the model file that it names into a directory."""
+    kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "vision_config")}
+    kept |= {"model_type": "duo", "model_file": MODEL_FILE}
+    if "quantization" in kept:
+        kept["quantization_config"] = kept["quantization"]
+    write_text(directory / "config.json", json.dumps(dict(sorted(kept.items())), indent=4) + "\n")
     write_text(directory / MODEL_FILE, MODEL_FILE_TEXT)
 
 

@@ -28,19 +28,31 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def refuse_existing(path: Path, force: bool = False) -> None:
+    """Refuse what `output_directory` would refuse, before the work that fills it.
+
+    Raises:
+        DuoError: ``path`` exists and ``force`` is not given, or is given for something that is no model directory.
+    """
+    if not path.exists():
+        return
+    if not force:
+        raise DuoError(f"{path} exists already; give --force to replace it, or another name")
+    if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").is_file()):
+        raise DuoError(f"{path} is no model directory, so --force does not replace it; give another name")
+
+
 @contextmanager
 def output_directory(path: Path, force: bool = False) -> Iterator[Path]:
     """A new directory to fill; it becomes ``path`` when the block ends well and is removed when it does not.
+
+    An error in the block that names the directory's temporary name names ``path`` instead.
 
     Raises:
         DuoError: ``path`` exists and ``force`` is not given, or is given for something that is no model directory; or
             the system does not let it be written.
     """
-    if path.exists():
-        if not force:
-            raise DuoError(f"{path} exists already; give --force to replace it, or another name")
-        if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").is_file()):
-            raise DuoError(f"{path} is no model directory, so --force does not replace it; give another name")
+    refuse_existing(path, force)
     path = path.absolute()
     new, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     with writing(path):
@@ -55,6 +67,9 @@ def output_directory(path: Path, force: bool = False) -> Iterator[Path]:
             if path.exists():
                 path.rename(old)
             new.rename(path)
+    except DuoError as error:
+        _rename(error, new, path)
+        raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
         if old.exists() and not path.exists():
@@ -66,7 +81,7 @@ def output_directory(path: Path, force: bool = False) -> Iterator[Path]:
 def output_file(path: Path, force: bool = False) -> Iterator[Path]:
     """A name to write a file under; it becomes ``path`` when the block ends well and is removed when it does not.
 
-    The name has the same suffix as ``path``.
+    The name has the same suffix as ``path``. An error in the block that names it names ``path`` instead.
 
     Raises:
         DuoError: ``path`` exists and ``force`` is not given, or it is a directory; or the system does not let it be
@@ -85,8 +100,15 @@ def output_file(path: Path, force: bool = False) -> Iterator[Path]:
         settle(new)
         with writing(path):
             new.replace(path)
+    except DuoError as error:
+        _rename(error, new, path)
+        raise
     finally:
         new.unlink(missing_ok=True)
+
+
+def _rename(error: DuoError, new: Path, path: Path) -> None:
+    error.args = (str(error).replace(str(new), str(path)),)
 
 
 def refuse_overlap(source: Path, destination: Path) -> None:

@@ -4,9 +4,8 @@ Attention, RoPE variants, sliding windows, masks and caches are mlx-lm's own; wh
 the routes, which are an argument of the pass. The method is Duo-LLM's (arXiv 2410.10846, section "Model").
 """
 
-from dataclasses import MISSING, dataclass, fields, replace
-from functools import cached_property
-from typing import Any, Self, TypedDict
+from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,126 +16,10 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from numpy.typing import NDArray
 
 from duo_mlx import conditional
-from duo_mlx.errors import DuoError
-from duo_mlx.routes import Route, Routes, parse_pattern
+from duo_mlx.arguments import KnownPattern, ModelArgs
+from duo_mlx.routes import Route
 
-
-class KnownPattern(TypedDict):
-    """A fixed pattern and its mean loss in nats a token on the text that it was measured on."""
-
-    pattern: str
-    loss: float
-
-
-@dataclass(frozen=True)
-class ModelArgs:
-    """A model's config.json: the keys of ``model_type: llama`` as mlx-lm reads them, and those of a Duo."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int  # big's inner width
-    small_intermediate_size: int
-    num_attention_heads: int
-    rms_norm_eps: float
-    vocab_size: int
-    model_type: str = "duo"
-    head_dim: int | None = None
-    max_position_embeddings: int | None = None
-    num_key_value_heads: int = 0  # 0: as many as num_attention_heads
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    rope_theta: float = 10000
-    rope_traditional: bool = False
-    rope_scaling: dict[str, Any] | None = None
-    tie_word_embeddings: bool = True
-    layer_types: tuple[str, ...] = ()  # empty: full_attention everywhere
-    sliding_window: int | None = None
-    small_layers: tuple[int, ...] | None = None  # layers that have a small FFN; in the others small means big
-    small_bias: bool = False  # whether small's projections have biases, whatever mlp_bias says of big's
-    skip_scope: str = "ffn"  # what SKIP bypasses: "ffn", or "layer" (attention too; keys and values are still written)
-    default_route: str = "big"  # the pattern of a pass for which nobody gives routes
-    best_patterns: tuple[KnownPattern, ...] = ()  # see `duo_mlx.budget`; what a measurement found
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
-        layer_types = tuple(self.layer_types or ()) or ("full_attention",) * self.num_hidden_layers
-        object.__setattr__(self, "layer_types", layer_types)
-        if self.skip_scope not in ("ffn", "layer"):
-            raise DuoError(f"config.json: skip_scope is {self.skip_scope!r}; it must be 'ffn' or 'layer'")
-        if len(layer_types) != self.num_hidden_layers or not set(layer_types) <= {
-            "full_attention",
-            "sliding_attention",
-        }:
-            raise DuoError(
-                f"config.json: layer_types must name full_attention or sliding_attention for each of the "
-                f"{self.num_hidden_layers} layers"
-            )
-        if "sliding_attention" in layer_types and not self.sliding_window:
-            raise DuoError("config.json: layer_types has sliding_attention, so sliding_window must say how many tokens")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise DuoError(
-                f"config.json: num_attention_heads {self.num_attention_heads} is no multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise DuoError(
-                f"config.json: hidden_size {self.hidden_size} is no multiple of "
-                f"num_attention_heads {self.num_attention_heads}, and there is no head_dim"
-            )
-        if self.small_layers is not None:
-            numbers = tuple(self.small_layers)
-            if not all(type(number) is int and 0 <= number < self.num_hidden_layers for number in numbers):
-                raise DuoError(
-                    f"config.json: small_layers must be layer numbers from 0 to {self.num_hidden_layers - 1}"
-                )
-            object.__setattr__(self, "small_layers", tuple(sorted(set(numbers))))
-        object.__setattr__(self, "best_patterns", tuple(self.best_patterns))
-        try:
-            for known in self.best_patterns:
-                parse_pattern(known["pattern"], self.num_hidden_layers)
-                float(known["loss"])
-        except (DuoError, KeyError, TypeError, ValueError) as error:
-            raise DuoError(f"config.json: best_patterns must be a list of patterns with their losses: {error}") from None
-        try:
-            parse_pattern(self.default_route, self.num_hidden_layers)
-        except DuoError as error:
-            raise DuoError(f"config.json: default_route: {error}") from None
-
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> Self:
-        """The arguments in a config.json; keys of no concern are passed over, unknown routing keys are an error.
-
-        Raises:
-            DuoError: a key is missing or unusable.
-        """
-        known = {field.name for field in fields(cls)}
-        given = {key: value for key, value in config.items() if key in known and value is not None}
-        required = {field.name for field in fields(cls) if field.default is MISSING}
-        if missing := sorted(required - given.keys()):
-            raise DuoError(f"config.json lacks {', '.join(missing)}")
-        routing = {key for key in config if key.startswith(("small_", "skip_", "default_rout", "rout"))}
-        if unknown := sorted(routing - known):
-            raise DuoError(f"config.json has routing keys that are not known: {', '.join(unknown)}")
-        sizes = [field.name for field in fields(cls) if field.name in required - {"rms_norm_eps"}]
-        if wrong := [key for key in sizes if type(given[key]) is not int or given[key] < 1]:
-            raise DuoError(f"config.json: {wrong[0]} is {given[wrong[0]]!r}; it must be a positive integer")
-        return cls(**given)
-
-    def has_small(self, layer: int) -> bool:
-        """Whether the layer has a small FFN of its own."""
-        return self.small_layers is None or layer in self.small_layers
-
-    def realised(self, routes: Routes) -> Routes:
-        """What ``routes [..., layers]`` come to: big where a layer without a small FFN is asked for small."""
-        if self.small_layers is None:
-            return routes
-        big_only = np.array([not self.has_small(layer) for layer in range(self.num_hidden_layers)])
-        return np.where(big_only & (routes == Route.SMALL), np.uint8(Route.BIG), routes)
-
-    @cached_property
-    def default_pattern(self) -> Routes:
-        """`default_route` as routes ``[layers]``."""
-        return parse_pattern(self.default_route, self.num_hidden_layers)
+__all__ = ["KnownPattern", "Model", "ModelArgs"]
 
 
 class Attention(llama.Attention):
@@ -159,9 +42,7 @@ class DuoFFN(nn.Module):
         super().__init__()
         self.big = llama.MLP(args)
         self.small = llama.MLP(
-            replace(
-                args, intermediate_size=args.small_intermediate_size, mlp_bias=args.mlp_bias or args.small_bias
-            )
+            replace(args, intermediate_size=args.small_intermediate_size, mlp_bias=args.mlp_bias or args.small_bias)
         )
 
 

@@ -1,12 +1,13 @@
 """Writing safetensors files, in shards and with an index, through a memory that holds two tensors.
 
 A shard's header is known before any of its tensors is read, so each is loaded, written and forgotten, while the next is
-loaded. MLX's own writer wants a whole shard in memory, and its failures say nothing of why. The format: eight bytes
-with the length of a JSON header, the header with each tensor's type, shape and place, then the tensors.
+loaded. What a file holds as it is to be written never becomes a tensor: it is copied piece by piece. MLX's own writer
+wants a whole shard in memory, and its failures say nothing of why. The format: eight bytes with the length of a JSON
+header, the header with each tensor's type, shape and place, then the tensors.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ TYPES = {
 }
 PACKED = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}
 
+Check = Callable[[str, NDArray[Any], str], object]
 Progress = Callable[[int, int], object]  # called with the bytes that are written, and that are to be
 
 
@@ -51,6 +53,10 @@ class Source(Protocol):
     def load(self) -> Callable[[], mx.array]:
         """Reads or computes it; called once."""
 
+    @property
+    def pieces(self) -> Callable[[], Iterator[NDArray[Any]]] | None:
+        """Gives the same bits as unsigned integers in pieces, each good until the next; None: load it."""
+
 
 @dataclass(frozen=True)
 class Held:
@@ -59,6 +65,7 @@ class Held:
     shape: tuple[int, ...]
     dtype: str
     load: Callable[[], mx.array]
+    pieces: None = None
 
 
 def held(arrays: dict[str, mx.array], donate: bool = False) -> dict[str, Held]:
@@ -74,7 +81,7 @@ def write(
     limit: int = LIMIT,
     metadata: Mapping[str, str] | None = None,
     stem: str = "model",
-    check: Callable[[str, NDArray[Any], str], object] | None = None,
+    check: Check | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write ``STEM.safetensors``, or ``STEM-00001-of-0000N.safetensors`` and so on, and the index, into a directory.
@@ -87,7 +94,8 @@ def write(
         limit: bytes of a shard.
         metadata: of the headers; None: ``{"format": "mlx"}``.
         stem: what the files' names begin with.
-        check: is called with name, bits (unsigned integers) and type of each tensor before that is written.
+        check: is called with name, bits (unsigned integers) and type of each tensor before that is written; first with
+            pieces of it where there are such, and with the whole when it raises for one.
         progress: is called after each tensor.
 
     Raises:
@@ -107,12 +115,16 @@ def write(
             with out, _Behind() as writer:
                 writer.do(_put, out, file, memoryview(head))
                 for name in names:
-                    bits = _bits(name, tensors[name])
-                    if check is not None:
-                        check(name, bits, tensors[name].dtype)
-                    writer.do(_put, out, file, bits.data.cast("B") if bits.size else memoryview(b""))
-                    del bits
-                    mx.clear_cache()
+                    if tensors[name].pieces is not None:
+                        writer.wait()
+                        _copy(out, file, name, tensors[name], check)
+                    else:
+                        bits = _bits(name, tensors[name])
+                        if check is not None:
+                            check(name, bits, tensors[name].dtype)
+                        writer.do(_put, out, file, _bytes(bits))
+                        del bits
+                        mx.clear_cache()
                     done += sizes[name]
                     if progress is not None:
                         progress(done, total)
@@ -140,10 +152,11 @@ class _Behind:
 
     def do(self, function: Callable[..., None], *args: Any) -> None:
         """Begin this as soon as the last thing is done; what that raised is raised here."""
-        self._wait()
+        self.wait()
         self._last = self._pool.submit(function, *args)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the last thing is done; what that raised is raised here."""
         last, self._last = self._last, None
         if last is not None:
             last.result()
@@ -151,7 +164,7 @@ class _Behind:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                self._wait()
+                self.wait()
         finally:
             self._pool.shutdown()
 
@@ -199,6 +212,22 @@ def _bits(name: str, tensor: Source) -> NDArray[Any]:
     if array.size == 0:
         return np.zeros(array.shape, np.uint8)
     return np.ascontiguousarray(np.array(packed, copy=False))
+
+
+def _copy(out: FileIO, file: Path, name: str, tensor: Source, check: Check | None) -> None:
+    assert tensor.pieces is not None
+    for bits in tensor.pieces():
+        if check is not None:
+            try:
+                check(name, bits, tensor.dtype)
+            except DuoError:
+                check(name, _bits(name, tensor), tensor.dtype)  # which says it of the whole tensor
+                raise
+        _put(out, file, _bytes(bits))
+
+
+def _bytes(bits: NDArray[Any]) -> memoryview:
+    return bits.data.cast("B") if bits.size else memoryview(b"")
 
 
 def _put(out: FileIO, file: Path, data: memoryview) -> None:

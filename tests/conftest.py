@@ -1,4 +1,7 @@
-"""Tiny models and measures that the test modules share, as fixtures that hand out functions."""
+"""Tiny models and measures that the test modules share, as fixtures that hand out functions.
+
+How long hypothesis looks for trouble at night: ``pytest tests/convert --hypothesis-profile nightly``.
+"""
 
 import duo_mlx  # noqa: F401  (first of all, so that it loads OpenBLAS before mlx comes)
 
@@ -11,12 +14,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import settings
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from duo_mlx import checkpoint
 from duo_mlx.model import Model, ModelArgs
+
+settings.register_profile("nightly", max_examples=4000)
 
 TINY = {
     "hidden_size": 16,

@@ -141,6 +141,7 @@ def _graft_layer(model: Dense, index: int, has_small: bool, settings: Graft, wid
     layer = model.layer(index)
     following = model.layer(index + 1) if index + 1 < model.args.num_hidden_layers else None
     dense, routed = state.load(f"dense-{index}"), state.load(f"routed-{index}")
+    bigs = np.empty_like(routed)  # what big says to the routed prefix
     visible = model.visible(layer, WINDOW)
     random = np.random.default_rng([settings.seed, index])
     drawn = random.random((*dense.shape[:2], 1)) < settings.small_share
@@ -155,7 +156,7 @@ def _graft_layer(model: Dense, index: int, has_small: bool, settings: Graft, wid
         if has_small:
             target = said + settings.compensation * (after - own - said)
             moments.add(*_moments(layer, x, target, token_weights(after, following, visible)), x.shape[0] * x.shape[1])
-        dense[rows], routed[rows] = np.array(after), np.array(own)
+        dense[rows], routed[rows], bigs[rows] = np.array(after), np.array(own), np.array(said)
     small = None
     if has_small:
         linear = round(settings.linear_share * width)
@@ -163,13 +164,11 @@ def _graft_layer(model: Dense, index: int, has_small: bool, settings: Graft, wid
         small = solve(moments, gate, up, state.load(f"metric-{index}"), width, linear)
         for name, value in vars(small).items():
             state.save(f"small-{index}-{name}", value)
-    for rows in batches(len(dense)):
-        own = mx.array(routed[rows])
-        x = layer.post_attention_layernorm(own)
-        said = big(x)
-        if small is not None:
-            said = mx.where(mx.array(drawn[rows]), run(small, x), said)
-        routed[rows] = np.array(own + said)
+    if small is not None:
+        for rows in batches(len(dense)):
+            x = layer.post_attention_layernorm(mx.array(routed[rows]))
+            bigs[rows] = np.where(drawn[rows], np.array(run(small, x)), bigs[rows])
+    routed += bigs
     state.save(f"routed-{index + 1}", routed)
     state.save(f"dense-{index + 1}", dense)
     state.drop(f"routed-{index}")

@@ -53,7 +53,7 @@ def received_attention(layer: Layer, h: mx.array, visible: mx.array) -> mx.array
 
 
 def measure_metrics(dense: Dense, windows: NDArray[np.integer], state: State, step: Callable[[], object]) -> None:
-    """Leave in ``state`` each layer's ``metric-N [hidden, hidden]``, the square root of its output's Fisher information.
+    """Leave in ``state`` each layer's ``metric-N [hidden, hidden]``, the root of its output's Fisher information.
 
     A pass forward and a pass backward through the dense model, a layer at a time; hidden states wait on disk.
 

@@ -2,8 +2,8 @@
 
 A SwiGLU neuron is ``silu(gate) * up``. Two kinds are used side by side:
 
-- *copied* neurons of the big FFN, picked greedily: each time the one that explains most of what the ones before it leave
-  (simultaneous orthogonal matching pursuit), not the ones that are loudest by themselves;
+- *copied* neurons of the big FFN, picked greedily: each time the one that explains most of what those before it
+  leave (simultaneous orthogonal matching pursuit), not the ones that are loudest by themselves;
 - *linear* neurons, whose gate is a constant bias with ``silu(bias) = 1``: together the best linear map of their rank
   (reduced-rank regression). A narrow FFN gains more by them than by copied neurons, but copied ones are needed where
   the big FFN does something abrupt, such as making the huge activations of an attention sink.

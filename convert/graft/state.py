@@ -1,7 +1,6 @@
 """What a graft has done so far, on disk: it bounds the memory that a graft takes, and an interrupted one resumes."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ class State:
         temporary = self.directory / ".new.npy"
         with temporary.open("wb") as file:
             np.save(file, array)
-        os.replace(temporary, self.directory / f"{name}.npy")
+        temporary.replace(self.directory / f"{name}.npy")
 
     def load(self, name: str) -> NDArray[Any]:
         found: NDArray[Any] = np.load(self.directory / f"{name}.npy", allow_pickle=False)
@@ -57,4 +56,4 @@ class State:
     def _replace(self, name: str, content: bytes) -> None:
         temporary = self.directory / ".new"
         temporary.write_bytes(content)
-        os.replace(temporary, self.directory / name)
+        temporary.replace(self.directory / name)

@@ -7,7 +7,6 @@ type is refused by name, as it would be changed or misread.
 
 from pathlib import Path
 
-from duo_mlx.convert.readers import hub
 from duo_mlx.convert.readers.local import open_local
 from duo_mlx.convert.tensors import Checkpoint
 from duo_mlx.errors import DuoError
@@ -30,22 +29,14 @@ def open_checkpoint(
             it would run code.
     """
     path = Path(source)
-    # a Path has lost nothing of a hub id: OWNER/NAME has no part that it would fold
-    named = None if path.exists() else hub.parse(str(source))
-    if named is not None:
-        directory, weights = hub.fetch(*named, revision)
-        return open_local(directory, config, weights, bare)
+    if not path.exists():
+        from duo_mlx.convert.readers import hub  # the hub's library takes a while to import
+
+        # a Path has lost nothing of a hub id: OWNER/NAME has no part that it would fold
+        named = hub.parse(str(source))
+        if named is not None:
+            directory, weights = hub.fetch(*named, revision)
+            return open_local(directory, config, weights, bare)
     if revision is not None:
         raise DuoError(f"--revision: {source} is no hub id (OWNER/NAME)")
     return open_local(path, config, bare=bare)
-
-
-# TEMPORARY, until directory.py, parity.py and their tests are rewritten: the old interface on the new readers
-from duo_mlx.convert.readers.local import read_config  # noqa: E402, F401
-from duo_mlx.convert.tensors import to_mlx, to_torch  # noqa: E402, F401
-
-Weights = dict
-
-
-def read(source: Path) -> Weights:
-    return {name: tensor.load() for name, tensor in open_local(source, None, bare=True).tensors.items()}

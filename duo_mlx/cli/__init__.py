@@ -16,7 +16,7 @@ from duo_mlx import __version__
 from duo_mlx.errors import DuoError
 
 COMMANDS = {
-    "convert": "Turn a PyTorch checkpoint of a Duo model into a model directory",
+    "convert": "Turn a checkpoint into a model directory, or a model directory into a PyTorch checkpoint",
     "convert inspect": "Say what a checkpoint is and what can be made of it, without loading it",
     "generate": "Generate text after PROMPT, or after standard input where PROMPT is - or left out",
 }

@@ -1,9 +1,9 @@
 """The best fixed patterns of a model: what each layer's big FFN is worth, and which to give up first.
 
 `measure` starts from all big and goes down, one move a step: a layer's big becomes small or skip, or its small becomes
-skip. It takes the move that costs least loss for each byte that it saves. Prices change with every step, so the cheapest
-moves are measured anew on the pattern as it is until one of them is the cheapest of all (lazy greedy search); a list
-sorted once by each layer's own price would not see that layers which compensate each other cannot both go.
+skip. It takes the move that costs least loss for each byte that it saves. Prices change with every step, so the
+cheapest moves are measured anew on the pattern as it is until one of them is the cheapest of all (lazy greedy search);
+a list sorted once by each layer's own price would not see that layers which compensate each other cannot both go.
 
 A pass is resumed at the first layer that changed, from the hidden states of the layers before it.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from duo_mlx import cost
 from duo_mlx.budget import shares_of_bytes
 from duo_mlx.model import KnownPattern, Model
-from duo_mlx.routes import Route, Routes, format_pattern, parse_pattern
+from duo_mlx.routes import Route, format_pattern, parse_pattern
 
 LOWER = {Route.BIG: (Route.SMALL, Route.SKIP), Route.SMALL: (Route.SKIP,), Route.SKIP: ()}
 REMEASURED = 6  # prices measured anew in a step before the cheapest of them is taken
@@ -60,7 +60,8 @@ class PatternLoss:
             states.append(h)
         total = 0.0
         for row, targets in zip(self.model.model.norm(h), self.targets, strict=True):
-            total += nn.losses.cross_entropy(self.model.head(row), targets, reduction="sum").item()
+            logits = self.model.head(row).astype(mx.float32)  # in half precision the sum would lose what moves cost
+            total += nn.losses.cross_entropy(logits, targets, reduction="sum").item()
         return total / self.targets.size, states
 
 
@@ -122,7 +123,7 @@ def measure(model: Model, windows: mx.array, progress: Callable[[float], None] =
 
 
 class _Search:
-    """The prices of all moves, as last measured: loss for each share of all-big's bytes that is saved."""
+    """The prices of all moves that save bytes, as last measured: loss for each share of all-big's that is saved."""
 
     def __init__(self, model: Model, loss: PatternLoss, alone: dict[tuple[int, Route], float]):
         table = cost.weight_bytes(model)
@@ -130,6 +131,8 @@ class _Search:
         self.loss = loss
         self.increase: dict[tuple[int, Route, Route], float] = {}  # by layer, route before and route after
         for (layer, route), value in alone.items():
+            if self.bytes[layer, route] >= self.bytes[layer, Route.BIG]:
+                continue  # a small that is no smaller
             self.increase[layer, Route.BIG, route] = value - loss.loss
             if route is Route.SMALL:
                 self.increase[layer, Route.SMALL, Route.SKIP] = alone[layer, Route.SKIP] - value

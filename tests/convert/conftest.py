@@ -1,7 +1,4 @@
-"""Files that the tests of the readers share, and how long hypothesis looks for trouble.
-
-At night: ``pytest tests/convert/test_fuzz_readers.py --hypothesis-profile nightly``.
-"""
+"""GGUF files that the tests of the readers share."""
 
 import struct
 from collections.abc import Callable
@@ -9,9 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
-
-settings.register_profile("nightly", max_examples=4000)
 
 GGUF_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}
 LLAMA = {

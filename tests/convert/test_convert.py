@@ -3,20 +3,24 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import duo_mlx
 from duo_mlx import checkpoint
 from duo_mlx.cli import main
-from duo_mlx.convert import parity, readers
+from duo_mlx.convert import directory as converting
+from duo_mlx.convert import parity
 from duo_mlx.convert.directory import convert
 from duo_mlx.convert.reference import DuoConfig, DuoModel
+from duo_mlx.convert.tensors import Tensor, to_mlx, to_torch
 from duo_mlx.errors import DuoError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -64,7 +68,7 @@ def source(tiny_config, write_tokenizer, tmp_path):
 
 
 def bits(value):
-    array = readers.to_mlx(value) if isinstance(value, torch.Tensor) else value
+    array = to_mlx(value) if isinstance(value, torch.Tensor) else value
     return np.array(array.view({2: mx.uint16, 4: mx.uint32}[array.dtype.size]))
 
 
@@ -79,7 +83,7 @@ def test_weights_arrive_bit_for_bit(source, tmp_path, form, dtype):
     for name, value in state.items():
         assert weights[name].dtype == getattr(mx, dtype)
         np.testing.assert_array_equal(bits(weights[name]), bits(value))
-        np.testing.assert_array_equal(bits(readers.to_torch(weights[name])), bits(value))
+        np.testing.assert_array_equal(bits(to_torch(weights[name])), bits(value))
     assert tokenizer.encode("w1 w2") == [3, 4]
 
 
@@ -104,13 +108,13 @@ def test_verify_finds_both_frameworks_in_agreement(source, tmp_path, changes):
 
 def test_verify_finds_a_wrong_weight_and_leaves_nothing(source, tmp_path, monkeypatch):
     directory, _ = source()
-    save = checkpoint.save
+    write = converting.write_weights
 
-    def spoil(target, config, weights):
+    def spoil(target, tensors, **options):
         name = "model.layers.1.mlp.small.up_proj.weight"
-        save(target, config, weights | {name: weights[name] + 0.01})
+        write(target, {**tensors, name: Tensor.of(tensors[name].load() + 0.01)}, **options)
 
-    monkeypatch.setattr(checkpoint, "save", spoil)
+    monkeypatch.setattr(converting, "write_weights", spoil)
     result = CliRunner().invoke(main, ["convert", str(directory), str(tmp_path / "model"), "--verify"])
     assert result.exit_code == 1 and "beyond the tolerance" in result.stderr
     assert not (tmp_path / "model").exists() and [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -125,7 +129,7 @@ def test_a_single_file_with_its_configuration(source, tmp_path):
     config = shutil.move(directory / "config.json", tmp_path / "duo.json")
     with pytest.raises(DuoError, match="has no config.json beside it; give one with --config"):
         convert(directory / "duo.pt", tmp_path / "model")
-    convert(directory / "duo.pt", tmp_path / "model", config=config, dtype=mx.float16, default_route="Bs-B")
+    convert(directory / "duo.pt", tmp_path / "model", config=config, dtype="float16", default_route="Bs-B")
     model, _ = duo_mlx.load(tmp_path / "model", dtype=mx.float16)
     assert model.args.default_pattern.tolist() == [2, 1, 0, 2]
     assert {value.dtype for value in checkpoint.parameters(model).values()} == {mx.float16}
@@ -169,6 +173,15 @@ class Payload:
         return pathlib.Path.touch, (self.path,)
 
 
+@pytest.mark.parametrize("options", [(), ("--dry-run",), ("--verify",)])
+def test_the_command_does_not_run_a_pickle_either(source, tmp_path, options):
+    directory, state = source()
+    torch.save(state | {"payload": Payload(tmp_path / "ran")}, directory / "pytorch_model.bin")
+    result = CliRunner().invoke(main, ["convert", str(directory), str(tmp_path / "model"), *options])
+    assert result.exit_code == 2 and "could run code" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_pickle_that_would_run_code_is_refused_and_not_run(source, tmp_path):
     directory, state = source()
     ran = tmp_path / "ran"
@@ -188,6 +201,10 @@ def spoil_index(directory, **weight_map):
     file.write_text(json.dumps(index))
 
 
+def add_tensor(file, name):
+    save_file({**load_file(file), name: torch.ones(2)}, file)
+
+
 REFUSED = {
     "bin cut short": ("bin", lambda d: (d / "pytorch_model.bin").write_bytes(b"PK\3\4 no archive"), "is damaged"),
     "bin is text": ("bin", lambda d: (d / "pytorch_model.bin").write_text("text"), "pytorch_model.bin"),
@@ -204,6 +221,16 @@ REFUSED = {
         "not a file beside",
     ),
     "an index with more": ("sharded safetensors", lambda d: spoil_index(d, a="model-1.safetensors"), "does not hold"),
+    "a tensor in two shards": (
+        "sharded safetensors",
+        lambda d: add_tensor(d / "model-2.safetensors", "model.embed_tokens.weight"),
+        "holds model.embed_tokens.weight, which another shard holds, too",
+    ),
+    "a tensor that the index does not name": (
+        "sharded safetensors",
+        lambda d: add_tensor(d / "model-2.safetensors", "extra"),
+        "holds the unknown tensor extra",
+    ),
     "an index without a map": (
         "sharded safetensors",
         lambda d: (d / "model.safetensors.index.json").write_text("{}"),
@@ -231,9 +258,9 @@ def test_an_existing_destination_is_kept_without_force(source, tmp_path):
     convert(directory, tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     with pytest.raises(DuoError, match="exists already; give --force"):
-        convert(directory, tmp_path / "model", dtype=mx.float16)
+        convert(directory, tmp_path / "model", dtype="float16")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
-    convert(directory, tmp_path / "model", dtype=mx.float16, force=True)
+    convert(directory, tmp_path / "model", dtype="float16", force=True)
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != before
     with pytest.raises(DuoError, match="is or holds the source"):
         convert(directory, directory, force=True)
@@ -244,3 +271,30 @@ def test_without_pytorch_a_pickle_names_the_extra(source, tmp_path, monkeypatch)
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(DuoError, match=r"pip install 'duo-mlx\[torch\]'"):
         convert(directory, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "content", [lambda whole: whole[:-100], lambda whole: whole[:60], lambda _: b"GGUF" + b"\xff" * 40]
+)
+def test_a_damaged_gguf_file_is_one_line(gguf, tmp_path, content):
+    (tmp_path / "llama.gguf").write_bytes(content(gguf()))
+    result = CliRunner().invoke(main, ["convert", str(tmp_path / "llama.gguf"), str(tmp_path / "model")])
+    assert result.exit_code == 2 and "llama.gguf: " in result.stderr and len(result.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["llama.gguf"]
+
+
+LOADED = """
+import json, sys
+from duo_mlx.cli import main
+assert main(sys.argv[1:], standalone_mode=False) is None
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_copying_safetensors_imports_nothing_that_takes_seconds(source, tmp_path):
+    directory, _ = source("sharded safetensors")
+    command = [sys.executable, "-c", LOADED, "convert", str(directory), str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    heavy = {"huggingface_hub", "mlx_lm", "rich", "torch", "transformers"}
+    assert not heavy & set(json.loads(done.stdout.splitlines()[-1]))
+    assert (tmp_path / "model" / "model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""Grafting: streaming, resuming, what is refused; the small FFNs do what they are for; the metric is the true gradient's."""
+"""Grafting: small FFNs that do what they are for, resuming, what is refused, and a metric of the true gradient."""
 
 import json
 import shutil
@@ -92,7 +92,7 @@ def test_layers_that_are_left_big_only(dense, ids, tmp_path):
     duo(tensors, config, smalls, extra)
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -104,9 +104,9 @@ def test_an_interrupted_graft_goes_on_where_it_was(dense, ids, tmp_path, capsys,
     def stop(done, total):
         assert total == 9
         if done == after:
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         graft(tensors, config, SETTINGS, ids, tmp_path / "state", stop)
     steps = []
     again, _ = graft(tensors, config, SETTINGS, ids, tmp_path / "state", lambda done, _: steps.append(done))
@@ -217,7 +217,7 @@ def test_the_metric_is_of_the_gradient_through_the_whole_model(dense, ids, tmp_p
             np.testing.assert_allclose(state.load(f"metric-{index}")[number], np.array(gradient[0]), atol=2e-4)
 
 
-def test_a_metric_is_symmetric_and_of_the_same_size_whatever_the_gradient(ids):
+def test_a_metric_is_symmetric_and_of_the_same_size_whatever_the_gradient():
     gradient = np.random.default_rng(0).standard_normal((4, 9, 6)).astype(np.float32) * np.arange(6, dtype=np.float32)
     root = importance._root(gradient * 1000)
     np.testing.assert_allclose(root, root.T, atol=1e-12)

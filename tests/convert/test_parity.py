@@ -69,6 +69,38 @@ def test_a_wrong_weight_is_found_where_it_acts(saved, name, routes):
     assert {row.route for row in parity.failures(found)} == routes
 
 
+def test_what_float32_costs_is_no_difference_and_a_wrong_weight_still_is(saved, tmp_path):
+    directory, model = saved()
+    weights = checkpoint.parameters(model)
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 300  # logits of hundreds
+    checkpoint.save(tmp_path, config_of(directory), weights)
+    large = {name: Tensor.of(value) for name, value in weights.items()}
+    found = parity.measure(tmp_path, config_of(directory), large, tokens=24)
+    assert not parity.failures(found)
+    assert max(row.max_abs_difference for row in found) > parity.TOLERANCE
+    wrong = spoiled(large, "model.layers.1.mlp.small.up_proj.weight")
+    found = parity.measure(tmp_path, config_of(directory), wrong, tokens=24)
+    assert {row.route for row in parity.failures(found)} == {"small", "random"}
+
+
+@pytest.mark.parametrize(
+    ("row", "fails", "strictly"),
+    [
+        (Parity("big", 1e-4, 1.0, 1.0), False, False),
+        (Parity("big", 1e-4, 0.0, 0.5), False, True),
+        (Parity("big", 2e-3, 4e-8, 1.0), False, True),
+        (Parity("big", 2e-3, 6e-8, 1.0), True, True),
+        (Parity("big", 2e-3, 4e-8, 0.99), True, True),
+        (Parity("big", 0.2, 0.0, 1.0), True, True),
+        (Parity("big", float("nan"), 0.0, 1.0), True, True),
+        (Parity("big", 2e-3, float("nan"), 1.0), True, True),
+    ],
+)
+def test_what_is_beyond_the_tolerance(row, fails, strictly):
+    assert parity.failures([row]) == [row] * fails
+    assert parity.failures([row], identical_argmax=True) == [row] * strictly
+
+
 def test_weights_that_the_reference_lacks_or_misses_are_an_error(saved):
     directory, model = saved()
     weights = tensors(model)

@@ -26,7 +26,15 @@ def args(tiny_config):
     return ModelArgs.from_dict(tiny_config())
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+        {"head_dim": 6, "num_key_value_heads": None},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "skip_scope": "layer"},
+    ],
+)
 def test_shapes_are_those_of_the_model_and_of_mlx_lms_llama(tiny_config, tiny_model, changes):
     config = tiny_config(**changes)
     model = tiny_model(**changes)
@@ -37,6 +45,22 @@ def test_shapes_are_those_of_the_model_and_of_mlx_lms_llama(tiny_config, tiny_mo
         name: value.shape for name, value in tree_flatten(llama.Model(llama.ModelArgs.from_dict(dense)).parameters())
     }
     assert plan.expected_shapes(settings.dense_args(dense), dense=True) == twin
+
+
+@pytest.mark.parametrize("changes", [{"small_layers": [0, 2]}, {"small_bias": True}, {"small_layers": []}])
+def test_shapes_of_small_ffns_alone(tiny_model, changes):
+    model = tiny_model(**changes)
+    expected = plan.expected_shapes(model.args)
+    assert expected == {name: value.shape for name, value in tree_flatten(model.parameters())}
+    dense = plan.expected_shapes(model.args, dense=True)
+    assert dense == plan.expected_shapes(tiny_model().args, dense=True)
+
+
+@pytest.mark.parametrize("changes", [{"head_dim": 4.0}, {"head_dim": -4}, {"num_key_value_heads": -2}])
+def test_a_head_that_is_no_positive_integer(tiny_config, changes):
+    args = ModelArgs.from_dict(tiny_config(**changes))
+    with pytest.raises(DuoError, match=f"config.json: {next(iter(changes))} is .*; it must be a positive integer"):
+        plan.expected_shapes(args)
 
 
 def test_settings_that_make_no_model(tiny_config):
