@@ -9,7 +9,6 @@ neurons, and a ridge regression of the down projection in which all tokens and c
 """
 
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,19 +25,18 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx.bench.record import check_output, run, system, write_output
+from duo_mlx.bench.record import HELD_OUT, LENGTH, check_output, held_out_windows, run, system, write_output
 from duo_mlx.convert import graft as grafting
 from duo_mlx.convert.calibration import encode, read_texts
 from duo_mlx.convert.graft import Graft, graft
+from duo_mlx.convert.graft.importance import measure_metrics
 from duo_mlx.convert.graft.layers import Dense, attend
 from duo_mlx.convert.graft.solve import Moments, Projection, SmallFFN
+from duo_mlx.convert.graft.state import State
 from duo_mlx.convert.source import Source, open_source
 from duo_mlx.convert.tensors import Tensor
 from duo_mlx.convert.tokenizer import write_tokenizer
-from duo_mlx.errors import DuoError
 
-LENGTH = 512  # tokens of a held-out window
-HELD_OUT = 0.05  # share at the end of a text
 RIDGE = 1e-3
 
 
@@ -67,20 +65,33 @@ def equal_weights(states: mx.array, *_: object) -> mx.array:
     return mx.ones((*states.shape[:2], 1))
 
 
-def no_metric(gradient: NDArray[np.float32]) -> NDArray[np.float64]:
+def no_metric(dense: Dense, windows: Any, state: State, step: Any) -> None:  # noqa: ARG001
     """Every channel counts alike."""
-    return np.eye(gradient.shape[-1])
+    for index in range(dense.args.num_hidden_layers):
+        state.save(f"metric-{index}", np.eye(dense.args.hidden_size))
 
 
-PLAIN: dict[str, Callable[..., Any]] = {"token_weights": equal_weights, "solve": rough}
-METHODS: dict[str, tuple[dict[str, float], dict[str, Callable[..., Any]]]] = {
+def metric_of(measured: State) -> Callable[..., None]:
+    """A measurement of metrics that takes those of ``measured``: they are the same whatever the method."""
+
+    def copy(dense: Dense, windows: NDArray[np.integer], state: State, step: Callable[[], object]) -> None:
+        if not measured.has("metric-0"):
+            measure_metrics(dense, windows, measured, step)
+        for index in range(dense.args.num_hidden_layers):
+            state.save(f"metric-{index}", measured.load(f"metric-{index}"))
+
+    return copy
+
+
+PLAIN: dict[str, Callable[..., Any]] = {"token_weights": equal_weights, "measure_metrics": no_metric, "solve": rough}
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Callable[..., Any]]]] = {
     "default": ({}, {}),
     "rough, big's output, dense prefix": ({"compensation": 0, "small_share": 0}, PLAIN),
     "rough, dense next state, random prefix": ({"compensation": 1}, PLAIN),
     "rough, mean of both, random prefix": ({"compensation": 0.5}, PLAIN),
     "rough, dense next state, all-small prefix": ({"compensation": 1, "small_share": 1}, PLAIN),
     "tokens count alike": ({}, {"token_weights": equal_weights}),
-    "channels count alike": ({}, {"importance._root": no_metric}),
+    "channels count alike": ({}, {"measure_metrics": no_metric}),
     "copied neurons only": ({"linear_share": 0}, {}),
     "3/4 linear neurons": ({"linear_share": 0.75}, {}),
     "linear neurons only": ({"linear_share": 1}, {}),
@@ -139,16 +150,8 @@ def tokens_of(source: Source, texts: tuple[Path, ...], held_out: int) -> tuple[N
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(source.checkpoint, Path(folder), source.config["vocab_size"])
         ids = [encode(Path(folder), source.config, [text]) for text in read]
-    each = max(1, held_out // LENGTH // max(1, len(ids) - 1))
-    windows = []
-    for text, found in zip(texts[1:] or texts, ids[1:] or ids, strict=True):
-        start = round(len(found) * (1 - HELD_OUT))
-        if len(found) - start < each * LENGTH + 1:
-            raise DuoError(
-                f"{text}: its last {HELD_OUT:.0%} has {len(found) - start} tokens, fewer than {each * LENGTH}"
-            )
-        windows += [found[start + n * LENGTH : start + (n + 1) * LENGTH + 1] for n in range(each)]
-    return ids[0][: round(len(ids[0]) * (1 - HELD_OUT))], np.stack(windows)
+    windows = held_out_windows(texts[1:] or texts, ids[1:] or ids, held_out)
+    return ids[0][: round(len(ids[0]) * (1 - HELD_OUT))], windows
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -178,17 +181,18 @@ def command(
     calibration, windows = tokens_of(source, texts, held_out)
     dense = Dense(source.tensors, source.config)
     results: dict[str, dict[str, float]] = {}
-    for name in methods or METHODS:
-        changes, parts = METHODS[name]
-        settings = Graft(tokens=tokens, seed=seed, **changes)
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as replaced:
-            for part, other in parts.items():
-                home, _, attribute = f"{grafting.__name__}.{part}".rpartition(".")
-                replaced.enter_context(patch(f"{home}.{attribute}", other))
-            smalls, _ = graft(source.tensors, source.config, settings, calibration, Path(folder) / "state")
-            results[name] = losses(dense, smalls, windows) | {"seconds": time.perf_counter() - start}
-        click.echo(f"{name:44}" + "".join(f"{value:9.3f}" for value in list(results[name].values())[:-1]))
+    click.echo("nats a token: " + ", ".join(patterns(dense.args.num_hidden_layers)))
+    with tempfile.TemporaryDirectory() as folder:
+        measured = State(Path(folder) / "metrics", {})
+        for number, name in enumerate(methods or METHODS):
+            changes, parts = METHODS[name]
+            settings = Graft(tokens=tokens, seed=seed, **changes)
+            with ExitStack() as replaced:
+                for part, other in ({"measure_metrics": metric_of(measured)} | parts).items():
+                    replaced.enter_context(patch(f"{grafting.__name__}.{part}", other))
+                smalls, _ = graft(source.tensors, source.config, settings, calibration, Path(folder) / str(number))
+            results[name] = losses(dense, smalls, windows)
+            click.echo(f"{name:44}" + "".join(f"{value:9.3f}" for value in results[name].values()))
     if out:
         record = {
             "command": f"python -m duo_mlx.bench.graft {model.name} {' '.join(text.name for text in texts)} "

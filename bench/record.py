@@ -6,15 +6,21 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from duo_mlx.errors import DuoError
 from duo_mlx.files import output_file
+
+HELD_OUT = 0.05  # share at the end of a text that nothing is fitted to
+LENGTH = 512  # tokens of a held-out window
 
 
 def system() -> dict[str, Any]:
@@ -56,6 +62,23 @@ def write_output(path: Path, record: dict[str, Any], column: str = "pass") -> No
         )
     with output_file(path, force=True) as file:
         file.write_text(text.getvalue(), encoding="utf-8")
+
+
+def held_out_windows(texts: Sequence[Path], ids: Sequence[NDArray[np.int32]], tokens: int) -> NDArray[np.int32]:
+    """Windows ``[windows, LENGTH + 1]`` of the ends of texts whose token ids are ``ids``, ``tokens`` in all.
+
+    Raises:
+        DuoError: an end is too short.
+    """
+    each = max(1, tokens // LENGTH // len(texts))
+    windows = []
+    for text, found in zip(texts, ids, strict=True):
+        start = round(len(found) * (1 - HELD_OUT))
+        if len(found) - start < each * LENGTH + 1:
+            left = len(found) - start
+            raise DuoError(f"{text}: its last {HELD_OUT:.0%} has {left} tokens; {each * LENGTH + 1} are needed")
+        windows += [found[start + n * LENGTH : start + (n + 1) * LENGTH + 1] for n in range(each)]
+    return np.stack(windows)
 
 
 def run(command: click.Command, name: str) -> None:

@@ -31,8 +31,11 @@ LayerRoutes = Route | Routes | mx.array
 class FFNs(Protocol):
     """The two modules of a layer; each maps ``[..., hidden]`` to ``[..., hidden]``."""
 
-    big: Callable[[mx.array], mx.array]
-    small: Callable[[mx.array], mx.array]
+    @property
+    def big(self) -> Callable[[mx.array], mx.array]: ...
+
+    @property
+    def small(self) -> Callable[[mx.array], mx.array]: ...
 
 
 _reads = 0

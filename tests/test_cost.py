@@ -72,6 +72,26 @@ def test_quantised_weights_count_as_stored(tiny_config):
     assert after / before == pytest.approx((4 + 2 * 32 / 64) / 32, rel=0.1)  # 4 bits, and a scale and a bias a group
 
 
+def test_where_there_is_no_small_it_costs_what_big_costs(tiny_model):
+    part, full = tiny_model(small_layers=[1, 2]), tiny_model()
+    tables = [
+        (cost.weight_bytes(part), cost.weight_bytes(full)),
+        (cost.layer_parameters(part.args), cost.layer_parameters(full.args)),
+        (cost.flops(part.args, 10), cost.flops(full.args, 10)),
+    ]
+    for ours, everywhere in tables:
+        assert ours.fixed == everywhere.fixed
+        expected = everywhere.by_route.copy()
+        expected[[0, 3], 1] = expected[[0, 3], 2]
+        np.testing.assert_array_equal(ours.by_route, expected)
+        assert (everywhere.by_route[:, 1] < everywhere.by_route[:, 2]).all()
+
+
+def test_biases_of_small_are_bytes_of_small(tiny_model):
+    with_biases, without = (cost.weight_bytes(tiny_model(small_bias=biases)).by_route for biases in (True, False))
+    np.testing.assert_array_equal(with_biases - without, [[0, (8 + 8 + 16) * 4, 0]] * 4)
+
+
 def test_flops_grow_with_context_as_attention_does(tiny_model):
     args = tiny_model().args
     routes = np.array([2, 1, 0, 2], np.uint8)

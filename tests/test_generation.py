@@ -9,8 +9,9 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 import duo_mlx
 from duo_mlx import conditional
 from duo_mlx.errors import DuoError
-from duo_mlx.generation import encode, room
+from duo_mlx.generation import RoutedModel, encode, policy_of, room
 from duo_mlx.policies import FixedPolicy, RandomPolicy, ReplayPolicy, parse_route
+from duo_mlx.routes import Route, format_pattern
 
 PROMPT = [3, 4, 5, 9, 8, 7]
 SPECS = ["big", "small", "skip", "Bs-B", "big@1,3", "random", "random:0.3,0.3,0.4"]
@@ -87,6 +88,56 @@ def test_default_route_is_the_models_own(loaded):
     model, tokenizer = loaded(default_route="Bs-B")
     (response,) = duo_mlx.stream_generate(model, tokenizer, PROMPT, max_tokens=1)
     assert response.routes.tolist() == [2, 1, 0, 2]
+
+
+KNOWN = [
+    {"pattern": "BBBB", "loss": 3.0},
+    {"pattern": "BsBB", "loss": 3.1},
+    {"pattern": "BssB", "loss": 3.2},
+    {"pattern": "B--s", "loss": 3.9},
+]
+
+
+@pytest.mark.parametrize(
+    ("spec", "pattern"), [("budget:2", "BssB"), ("budget:3", "BsBB"), ("budget:1.0", "BBBB"), ("budget:0.75", "B--s")]
+)
+def test_a_budget_is_its_pattern(loaded, spec, pattern):
+    model, tokenizer = loaded(best_patterns=KNOWN)
+    policy = policy_of(model, spec)
+    assert isinstance(policy, FixedPolicy) and format_pattern(policy.pattern) == pattern
+    ours, theirs = (
+        list(duo_mlx.stream_generate(model, tokenizer, PROMPT, route=route, max_tokens=8)) for route in (spec, pattern)
+    )
+    assert [response.token for response in ours] == [response.token for response in theirs]
+    assert {format_pattern(response.routes) for response in ours} == {pattern}
+
+
+def test_a_policy_without_a_spec_is_the_models_own(loaded):
+    model, _ = loaded(default_route="Bs-B")
+    assert format_pattern(policy_of(model, None).pattern) == "Bs-B"
+    assert policy_of(model, "random", seed=4) == RandomPolicy(4, seed=4)
+
+
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_routes_are_told_as_they_are_realised(loaded, spec, skip_scope):
+    model, tokenizer = loaded(small_layers=[1, 3], skip_scope=skip_scope)
+    policy = parse_route(spec, 4, seed=7)
+    tokens, asked = by_definition(model, policy, 8)
+    responses = list(duo_mlx.stream_generate(model, tokenizer, PROMPT, route=spec, seed=7, max_tokens=8))
+    assert [response.token for response in responses] == tokens
+    told = np.stack([response.routes for response in responses])
+    assert not (told[:, [0, 2]] == Route.SMALL).any()
+    expected = asked.copy()
+    expected[:, [0, 2]] = np.where(asked[:, [0, 2]] == Route.SMALL, Route.BIG, asked[:, [0, 2]])
+    np.testing.assert_array_equal(told, expected)
+
+
+def test_a_step_after_the_end_of_a_replay_skips(loaded):
+    model, _ = loaded(small_layers=[1])
+    routed = RoutedModel(model, ReplayPolicy(np.ones((8, 4), np.uint8)))
+    assert routed.routes(0, 8).tolist() == [[[2, 1, 2, 2]] * 8]
+    assert routed.routes(8, 9).tolist() == [0, 0, 0, 0]
 
 
 def test_a_policy_object_and_its_spec_say_the_same(loaded):
@@ -190,6 +241,7 @@ def test_text_is_encoded_as_mlx_lm_does(loaded):
     [
         ({"route": "BBB"}, "has 3 characters, but the model has 4 layers"),
         ({"route": "huge"}, "neither big, small, skip"),
+        ({"route": "budget:2"}, "this model's config.json has no best_patterns"),
         ({"strategy": "fast"}, "strategy 'fast' does not exist; there are auto, dense"),
         ({"max_tokens": 0}, "max_tokens is 0"),
     ],

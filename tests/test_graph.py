@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 from duo_mlx import conditional
+from duo_mlx.generation import RoutedModel
 from duo_mlx.policies import parse_route
 from duo_mlx.routes import Route
 
@@ -84,6 +85,33 @@ def test_the_counts_see_what_dense_computes(tiny_model):
     assert weights == {"big": list(range(LAYERS)), "small": list(range(LAYERS))}
     expected = HEAD_MATMULS + LAYERS * (ATTENTION_MATMULS + 2 * FFN_MATMULS) + attention_products(primitives)
     assert matmuls(primitives) == expected
+
+
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+@pytest.mark.parametrize("strategy", ["planned", "auto", "sorted", "sync"])
+@pytest.mark.parametrize("pattern", ["BBBB", "ssss", "----", "-sBs"])
+def test_a_layer_without_small_runs_big_once(tiny_model, pattern, strategy, skip_scope):
+    model, full = tiny_model(small_layers=[1, 2], skip_scope=skip_scope), tiny_model(skip_scope=skip_scope)
+    instead = "".join("B" if layer in (0, 3) and letter == "s" else letter for layer, letter in enumerate(pattern))
+    ours, theirs = (
+        graph_of(
+            step_of(with_routes(which, parse_route(text, LAYERS).routes(0, 1), strategy), which.make_cache()), which
+        )
+        for which, text in ((model, pattern), (full, instead))
+    )
+    assert ours == theirs
+    assert ours[1]["small"] == [layer for layer in (1, 2) if pattern[layer] == "s"]
+
+
+def test_generating_by_drawn_routes_runs_big_once_where_there_is_no_small(tiny_model):
+    model = tiny_model(small_layers=[])
+    routed = RoutedModel(model, parse_route("random", LAYERS))
+    assert set(np.unique(routed.policy.routes(0, 6))) == {Route.SMALL, Route.BIG}
+    drawn, big = (
+        graph_of(call(mx.arange(6)[None]), model)
+        for call in (routed, lambda tokens: model(tokens, routes=[Route.BIG] * LAYERS))
+    )
+    assert drawn == big
 
 
 @pytest.mark.parametrize("strategy", ["planned", "auto", "sorted"])

@@ -1,9 +1,21 @@
 """The model: what a config.json may say, and mlx-lm's llama as the measure of everything that is not routing."""
 
+import json
+import shutil
+
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from mlx.utils import tree_flatten
+from mlx_lm.utils import quantize_model
+from safetensors import safe_open
 
+import duo_mlx
+from duo_mlx import checkpoint
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.routes import Route
@@ -15,6 +27,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,  # so that tiny heads have plain, blended and fully scaled frequencies
 }
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "small_intermediate_size": 32}  # quantisable
 VARIANTS = {
     "plain": {},
     "theta": {"rope_theta": 500.0},
@@ -95,6 +108,78 @@ def test_what_does_not_fit_together(tiny_config, changes, message):
         ModelArgs.from_dict(tiny_config(**changes))
 
 
+@pytest.mark.parametrize(
+    "value", [3, True, "012", {"0": 1}, [4], [-1], [0, 1.0], [True], ["0"], [None], [[0]]], ids=repr
+)
+def test_small_layers_are_layer_numbers(tiny_config, value):
+    with pytest.raises(DuoError, match=r"^config\.json: small_layers must be a list of layer numbers from 0 to 3$"):
+        ModelArgs.from_dict(tiny_config(small_layers=value))
+
+
+def test_small_layers_in_any_order_mean_the_same(tiny_config):
+    args = ModelArgs.from_dict(tiny_config(small_layers=[3, 1, 3]))
+    assert args == ModelArgs.from_dict(tiny_config(small_layers=[1, 3])) and args.small_layers == (1, 3)
+    assert [args.has_small(layer) for layer in range(4)] == [False, True, False, True]
+    assert not any(ModelArgs.from_dict(tiny_config(small_layers=[])).has_small(layer) for layer in range(4))
+    assert all(ModelArgs.from_dict(tiny_config(small_layers=None)).has_small(layer) for layer in range(4))
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", [True]], ids=repr)
+def test_small_bias_is_true_or_false(tiny_config, value):
+    with pytest.raises(DuoError, match=r"^config\.json: small_bias is .*; it must be true or false$"):
+        ModelArgs.from_dict(tiny_config(small_bias=value))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        3,
+        True,
+        "BBBB",
+        {"pattern": "BBBB", "loss": 1.0},
+        ["BBBB"],
+        [["BBBB", 1.0]],
+        [{"pattern": "BBBB"}],
+        [{"loss": 1.0}],
+        [{"pattern": "BBBB", "loss": None}],
+        [{"pattern": "BBBB", "loss": "1.0"}],
+        [{"pattern": "BBBB", "loss": True}],
+        [{"pattern": "BBBB", "loss": float("nan")}],
+        [{"pattern": "BBBB", "loss": float("inf")}],
+        [{"pattern": None, "loss": 1.0}],
+        [{"pattern": 2222, "loss": 1.0}],
+        [{"pattern": [2, 2, 2, 2], "loss": 1.0}],
+        [{"pattern": "BBB", "loss": 1.0}],
+        [{"pattern": "BBBB", "loss": 1.0}, {"pattern": "BBxB\n", "loss": 1.0}],
+    ],
+    ids=repr,
+)
+def test_best_patterns_are_patterns_with_losses(tiny_config, value):
+    with pytest.raises(
+        DuoError, match=r"^config\.json: best_patterns must be a list of objects with a pattern"
+    ) as error:
+        ModelArgs.from_dict(tiny_config(best_patterns=value))
+    assert "\n" not in str(error.value)
+
+
+def test_best_patterns_may_say_more_than_this_package_reads(tiny_config):
+    known = [{"pattern": "BBBB", "loss": 3, "bytes": 1.0}, {"pattern": "big@1", "loss": 4.5}]
+    assert list(ModelArgs.from_dict(tiny_config(best_patterns=known)).best_patterns) == known
+    assert ModelArgs.from_dict(tiny_config(best_patterns=[])).best_patterns == ()
+
+
+@pytest.mark.parametrize("changes", [{"small_layers": 3}, {"small_bias": "no"}, {"best_patterns": "BBBB"}], ids=str)
+def test_a_directory_with_a_damaged_key_is_named(saved, tmp_path, changes):
+    directory = tmp_path / "model"
+    shutil.copytree(saved()[0], directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(DuoError) as error:
+        duo_mlx.load(directory)
+    assert str(error.value).startswith(f"{directory}: config.json: {next(iter(changes))} ")
+    assert "\n" not in str(error.value)
+
+
 def test_head_dim_frees_the_hidden_size(tiny_config):
     model = Model(ModelArgs.from_dict(tiny_config(hidden_size=18, head_dim=4)))
     assert model.layers[0].self_attn.q_proj.weight.shape == (16, 18)
@@ -136,6 +221,94 @@ def test_a_rotating_cache_forgets_what_the_window_forgets(tiny_model, in_passes,
     whole = in_passes(model, tokens, routes)
     for cuts in ((6, *[1] * 8), (4, 4, 4, 2), (1,) * 14):
         np.testing.assert_allclose(in_passes(model, tokens, routes, cuts), whole, rtol=0, atol=1e-4)
+
+
+# --- layers without a small FFN, and biases of small alone -------------------------------------------------------
+
+
+@pytest.mark.parametrize("small_layers", [[], [1], [0, 2, 3], None])
+def test_small_is_in_the_tree_where_there_is_one_and_nowhere_twice(tiny_model, small_layers):
+    model = tiny_model(small_layers=small_layers)
+    everywhere = set(dict(tree_flatten(tiny_model().parameters())))
+    layers = range(4) if small_layers is None else small_layers
+    without = {
+        name for name in everywhere if ".small." in name and not any(f".{layer}.mlp" in name for layer in layers)
+    }
+    assert len(without) == 3 * (4 - len(layers))
+    assert set(dict(tree_flatten(model.parameters()))) == everywhere - without
+    assert set(dict(tree_flatten(model.trainable_parameters()))) == everywhere - without
+    for index, layer in enumerate(model.layers):
+        assert (layer.mlp.small is layer.mlp.big) == (index not in layers)
+
+
+@pytest.mark.parametrize("route", [Route.BIG, Route.SMALL])
+def test_without_any_small_both_routes_are_llama(tiny_model, llama_twin, route):
+    model = tiny_model(small_layers=[])
+    tokens = mx.array([[3, 1, 4, 1, 5]])
+    assert mx.array_equal(model(tokens, routes=[route] * 4), llama_twin(model)(tokens)).item()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_stock_mlx_lm_loads_layers_without_small(tiny_config, write_tokenizer, tmp_path, bits):
+    config = tiny_config(**WIDE, small_layers=[1, 2], small_bias=True, default_route="ssss")
+    model = Model(ModelArgs.from_dict(config))
+    if bits:
+        model, config = quantize_model(model, config, group_size=32, bits=bits)
+    checkpoint.save(tmp_path, config, checkpoint.parameters(model))
+    write_tokenizer(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
+        names = list(file.keys())
+    assert {name.partition(".mlp.")[0] for name in names if ".mlp.small." in name} == {
+        "model.layers.1",
+        "model.layers.2",
+    }
+    loaded, _ = mlx_lm.load(str(tmp_path), trust_remote_code=True)
+    ours, _ = duo_mlx.load(tmp_path)
+    tokens = mx.array([[3, 1, 4, 1, 5]])
+    for other in (loaded, ours):
+        assert set(dict(tree_flatten(other.parameters()))) == set(names)
+        assert mx.allclose(other(tokens), model(tokens, routes=[2, 1, 1, 2]), rtol=0, atol=1e-5).item()
+    assert mx.array_equal(ours(tokens, routes=[1] * 4), ours(tokens, routes=[2, 1, 1, 2])).item()
+    assert not mx.allclose(ours(tokens), ours(tokens, routes=[2] * 4), atol=1e-3).item()
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"), [({}, {"small_layers": [1, 2]}), ({"small_layers": [1, 2]}, {}), ({}, {"small_bias": True})]
+)
+def test_weights_and_what_config_says_of_small_must_agree(saved, tmp_path, stored, said):
+    directory = tmp_path / "model"
+    shutil.copytree(saved(**stored)[0], directory)
+    config = json.loads((directory / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in stored}
+    (directory / "config.json").write_text(json.dumps(kept | said))
+    with pytest.raises(DuoError, match=r"config\.json and weights disagree: .*mlp\.small\.") as error:
+        duo_mlx.load(directory)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_small_bias_gives_biases_to_small_alone(tiny_model, mlp_bias):
+    model = tiny_model(small_bias=True, mlp_bias=mlp_bias, small_layers=[0, 1, 3])
+    biases = {name for name in dict(tree_flatten(model.parameters())) if name.endswith(".bias")}
+    assert biases == {
+        f"model.layers.{layer}.mlp.{module}.{kind}_proj.bias"
+        for layer in range(4)
+        for module in ("big", "small")
+        for kind in ("gate", "up", "down")
+        if (module == "small" and layer != 2) or (module == "big" and mlp_bias)
+    }
+
+
+@given(hnp.arrays(np.uint8, (2, 3, 4), elements=st.integers(0, 2)), st.none() | st.lists(st.integers(0, 3)))
+def test_routes_are_realised_layer_by_layer(tiny_config, routes, small_layers):
+    args = ModelArgs.from_dict(tiny_config(small_layers=small_layers))
+    before = routes.copy()
+    realised = args.realised(routes)
+    assert realised.dtype == np.uint8 and (routes == before).all()
+    for place, route in np.ndenumerate(routes):
+        big = route == Route.SMALL and not args.has_small(place[-1])
+        assert realised[place] == (Route.BIG if big else route)
+    assert (args.realised(routes[0, 0]) == realised[0, 0]).all()
 
 
 # --- the rest of the interface -----------------------------------------------------------------------------------

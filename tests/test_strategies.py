@@ -76,6 +76,51 @@ def test_the_contract_tells_routes_apart(expected, skip_scope):
             assert np.abs(a - b).max() > 100 * TOLERANCE
 
 
+BIG_ONLY = (0, 3)
+
+
+@pytest.fixture(scope="module")
+def big_only(tiny_model, tiny_config):
+    """``big_only(**changes)``: a model, and the same one without small FFNs in the layers `BIG_ONLY`."""
+    made = {}
+
+    def make(**changes):
+        if repr(changes) not in made:
+            full = tiny_model(**changes)
+            kept = [layer for layer in range(LAYERS) if layer not in BIG_ONLY]
+            model = Model(ModelArgs.from_dict(tiny_config(small_layers=kept, **changes)))
+            names = dict(tree_flatten(model.parameters()))
+            model.load_weights([item for item in tree_flatten(full.parameters()) if item[0] in names])
+            made[repr(changes)] = full, model
+        return made[repr(changes)]
+
+    return make
+
+
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+@pytest.mark.parametrize("cuts", PASSES)
+@pytest.mark.parametrize("known_by", ["host", "device"])
+@pytest.mark.parametrize("kind", ROUTES)
+@pytest.mark.parametrize("strategy", conditional.STRATEGIES)
+def test_small_is_big_where_there_is_no_small(big_only, in_passes, strategy, kind, known_by, cuts, skip_scope):
+    full, model = big_only(skip_scope=skip_scope)
+    routes = routes_of(kind, 3)
+    instead = routes.copy()
+    for layer in BIG_ONLY:
+        instead[..., layer][routes[..., layer] == Route.SMALL] = Route.BIG
+    found = in_passes(model, tokens_of(3), routes, PASSES[cuts], known_by, strategy=strategy)
+    expected = in_passes(full, tokens_of(3), instead, strategy="dense")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_layers_without_small_tell_small_from_big_elsewhere(big_only):
+    _, model = big_only()
+    logits = [np.array(model(mx.array(tokens_of(3)), routes=routes_of(kind, 3))) for kind in ROUTES]
+    for index, a in enumerate(logits):
+        for b in logits[index + 1 :]:
+            assert np.abs(a - b).max() > 100 * TOLERANCE
+
+
 @pytest.mark.parametrize("strategy", conditional.STRATEGIES)
 def test_half_precision_stays_half(tiny_config, strategy):
     model = Model(ModelArgs.from_dict(tiny_config()))

@@ -40,7 +40,7 @@ class Graft:
     tokens: int = 20_000  # calibration tokens, at most
     seed: int = 0
     linear_share: float = 0.5  # of small's neurons
-    compensation: float = 0.5  # share of the routed prefix's error that a small FFN is to take back
+    compensation: float = 0.25  # share of the routed prefix's error that a small FFN is to take back
     small_share: float = 0.5  # probability of small in the routed prefix
 
     def __post_init__(self) -> None:

@@ -46,9 +46,8 @@ class Dense:
     def visible(self, layer: Layer, tokens: int) -> mx.array:
         """Which keys (columns) each query (row) of a window sees, boolean ``[tokens, tokens]``."""
         query, key = mx.arange(tokens)[:, None], mx.arange(tokens)[None]
-        if layer.use_sliding:
-            return (key <= query) & (key > query - self.args.sliding_window)
-        return key <= query
+        window = self.args.sliding_window if layer.use_sliding else None
+        return (key <= query) & (key > query - (window or tokens))
 
 
 def attend(layer: Layer, h: mx.array, visible: mx.array) -> mx.array:

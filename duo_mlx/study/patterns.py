@@ -61,7 +61,7 @@ class PatternLoss:
         total = 0.0
         for row, targets in zip(self.model.model.norm(h), self.targets, strict=True):
             logits = self.model.head(row).astype(mx.float32)  # in half precision the sum would lose what moves cost
-            total += nn.losses.cross_entropy(logits, targets, reduction="sum").item()
+            total += float(nn.losses.cross_entropy(logits, targets, reduction="sum"))
         return total / self.targets.size, states
 
 

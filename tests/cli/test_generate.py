@@ -103,12 +103,65 @@ def test_generation_stops_at_the_end_of_the_context(run):
     assert done.exit_code == 0 and "only 4 of 50 tokens fit after the prompt" in done.stderr
 
 
+KNOWN = [
+    {"pattern": "BBBB", "loss": 3.0},
+    {"pattern": "BsBB", "loss": 3.1},
+    {"pattern": "BssB", "loss": 3.2},
+    {"pattern": "B--s", "loss": 3.9},
+]
+
+
+@pytest.mark.parametrize(
+    ("budget", "pattern"), [("2", "BssB"), ("1", "B--s"), ("12", "BBBB"), ("1.0", "BBBB"), ("0.85", "BssB")]
+)
+def test_a_budget_runs_the_best_known_pattern(run, budget, pattern):
+    found = result(run, PROMPT, "--route", f"budget:{budget}", "--max-tokens", "6", best_patterns=KNOWN)
+    named = result(run, PROMPT, "--route", pattern, "--max-tokens", "6", best_patterns=KNOWN)
+    assert (found["route"], named["route"]) == (f"budget:{budget}", pattern)
+    for key in ("text", "generation_tokens", "routes", "routes_per_layer", "bytes_per_token", "host_syncs", "strategy"):
+        assert found[key] == named[key]
+    assert found["routes"]["big"] == pattern.count("B") * found["generation_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "line"),
+    [
+        ("0", "route 'budget:0': the cheapest known pattern of this model has 1 big layer"),
+        ("0.1", "route 'budget:0.1': the cheapest known pattern of this model has 0.63 of the bytes"),
+        *(
+            (text, f"route 'budget:{text}': after budget: comes a number of big layers such as 12, or a share")
+            for text in ("1.5", "x", "-1", "", "nan", "0.0", "1,2")
+        ),
+    ],
+)
+def test_no_budget_is_one_line(run, budget, line):
+    done = run(PROMPT, "--route", f"budget:{budget}", best_patterns=KNOWN)
+    assert done.exit_code == 2 and done.stdout == ""
+    assert line in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_small_counts_as_big_where_there_is_no_small(run):
+    changes = {"small_layers": [1, 3]}
+    found = result(run, PROMPT, "--route", "ssss", "--max-tokens", "6", **changes)
+    named = result(run, PROMPT, "--route", "BsBs", "--max-tokens", "6", **changes)
+    for key in ("text", "routes", "routes_per_layer", "bytes_per_token"):
+        assert found[key] == named[key]
+    tokens = found["generation_tokens"]
+    assert found["routes"] == {"big": 2 * tokens, "small": 2 * tokens, "skip": 0}
+    assert [layer["small"] for layer in found["routes_per_layer"]] == [0, tokens, 0, tokens]
+    everywhere = result(run, PROMPT, "--route", "random", "--max-tokens", "6", small_layers=[])
+    assert everywhere["routes"] == {"big": 4 * everywhere["generation_tokens"], "small": 0, "skip": 0}
+    shown = run(PROMPT, "--route", "ssss", "--max-tokens", "2", "--show-routes", **changes)
+    assert shown.exit_code == 0 and "BsBs" in shown.stderr and "ssss" not in shown.stderr.partition("routes ")[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (("",), "the prompt is empty"),
         ((PROMPT, "--route", "BBB"), "has 3 characters, but the model has 4 layers"),
         ((PROMPT, "--route", "huge"), "route 'huge' is neither big"),
+        ((PROMPT, "--route", "budget:2"), "route 'budget:2': this model's config.json has no best_patterns; measure"),
         ((PROMPT, "--route", "absent.npz"), "no such file to replay"),
         ((PROMPT, "--route", "random:1,1,1"), "must sum to 1"),
         ((PROMPT, "--strategy", "fast"), "'fast' is not one of"),
