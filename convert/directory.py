@@ -116,8 +116,12 @@ def convert(
     try:
         with output_directory(destination, force) as directory:
             job.fill(directory)
-    except (Exception, KeyboardInterrupt) as error:
-        if graft is not None and state.exists() and not isinstance(error, DisagreementError):
+    except DisagreementError:  # the same graft would give the same model again
+        if graft is not None:
+            shutil.rmtree(state, ignore_errors=True)
+        raise
+    except (Exception, KeyboardInterrupt):
+        if graft is not None and state.exists():
             watch.note(f"what was grafted is kept in {state}; the same command goes on from there")
         raise
     if graft is not None:

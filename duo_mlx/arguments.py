@@ -127,7 +127,7 @@ def _layer_numbers(given: Any, layers: int) -> tuple[int, ...]:
 
 
 def _known_patterns(given: Any, layers: int) -> tuple[KnownPattern, ...]:
-    wanted = "config.json: best_patterns must be a list of objects with a pattern and its loss"
+    wanted = "config.json: best_patterns must be a list of objects with a pattern and its loss in nats"
     if not isinstance(given, list | tuple):
         raise DuoError(wanted)
     for number, known in enumerate(given):
@@ -138,5 +138,5 @@ def _known_patterns(given: Any, layers: int) -> tuple[KnownPattern, ...]:
                 except DuoError as error:
                     raise DuoError(f"{wanted}; number {number}: {error}") from None
             case _:
-                raise DuoError(f"{wanted}, a number; number {number} is {known!r}")
+                raise DuoError(f"{wanted}; number {number} is {known!r}")
     return tuple(given)
