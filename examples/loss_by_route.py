@@ -18,8 +18,9 @@ import mlx.nn as nn
 import numpy as np
 
 import duo_mlx
+from duo_mlx.generation import policy_of
 from duo_mlx.model import Model
-from duo_mlx.policies import Policy, parse_route
+from duo_mlx.policies import Policy
 
 
 def held_out_windows(path: Path, share: float, length: int, tokenizer: object) -> tuple[mx.array, int, int]:
@@ -60,7 +61,7 @@ def main() -> None:
     bytes_per_token = sum(part[1] for part in parts) / sum(part[2] for part in parts)
     results = {}
     for spec in args.routes:
-        loss = mean_loss(model, windows, parse_route(spec, model.args.num_hidden_layers, args.seed))
+        loss = mean_loss(model, windows, policy_of(model, spec, args.seed))
         results[spec] = {
             "nats_per_token": round(loss, 4),
             "perplexity": round(math.exp(loss), 2),

@@ -36,17 +36,22 @@ class PatternLoss:
         self._masks = model.model.masks(embedded, [None] * len(model.layers))
         self._states = [embedded]  # the input of each layer, and the last one's output, under `pattern`
         self.passes = 0
+        self._tried: tuple[int, Route] | None = None  # the last move that was tried on `pattern`, and its outcome
+        self._outcome: tuple[float, list[mx.array]] = (0.0, [])
         self.loss = self.move(0, Route.BIG)
 
     def try_move(self, layer: int, route: Route) -> float:
         """The loss of `pattern` with ``route`` in ``layer``."""
-        return self._run(layer, route)[0]
+        self._tried, self._outcome = (layer, route), self._run(layer, route)
+        return self._outcome[0]
 
     def move(self, layer: int, route: Route) -> float:
         """Change `pattern`, and give its loss."""
-        self.loss, states = self._run(layer, route)
-        self._states[layer + 1 :] = states
+        if self._tried != (layer, route):
+            self.try_move(layer, route)
+        self.loss, self._states[layer + 1 :] = self._outcome
         self.pattern[layer] = route
+        self._tried = None
         return self.loss
 
     def _run(self, first: int, route: Route) -> tuple[float, list[mx.array]]:
