@@ -181,6 +181,12 @@ def command(
     calibration, windows = tokens_of(source, texts, held_out)
     dense = Dense(source.tensors, source.config)
     results: dict[str, dict[str, float]] = {}
+    names = " ".join([model.name, *(text.name for text in texts)])
+    record = {
+        "command": f"python -m duo_mlx.bench.graft {names} --tokens {tokens} --held-out {held_out} --seed {seed}",
+        "system": system(),
+        "patterns": patterns(dense.args.num_hidden_layers),
+    }
     click.echo("nats a token: " + ", ".join(patterns(dense.args.num_hidden_layers)))
     with tempfile.TemporaryDirectory() as folder:
         measured = State(Path(folder) / "metrics", {})
@@ -193,15 +199,8 @@ def command(
                 smalls, _ = graft(source.tensors, source.config, settings, calibration, Path(folder) / str(number))
             results[name] = losses(dense, smalls, windows)
             click.echo(f"{name:44}" + "".join(f"{value:9.3f}" for value in results[name].values()))
-    if out:
-        record = {
-            "command": f"python -m duo_mlx.bench.graft {model.name} {' '.join(text.name for text in texts)} "
-            f"--tokens {tokens} --held-out {held_out} --seed {seed}",
-            "system": system(),
-            "patterns": patterns(dense.args.num_hidden_layers),
-            "nats_per_token": results,
-        }
-        write_output(out, record)
+            if out:  # after each, as a method takes minutes
+                write_output(out, record | {"nats_per_token": results})
 
 
 if __name__ == "__main__":
