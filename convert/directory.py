@@ -235,7 +235,9 @@ class _Job:
 
         assert self.graft is not None
         source, progress = self.source, self.watch.stage("grafting")
-        smalls, extra = make_small(source.tensors, source.config, self.graft, ids.graft, self.state, progress)
+        smalls, extra = make_small(
+            source.tensors, source.config, self.graft, ids.graft, self.state, progress, self.watch.note
+        )
         tensors = as_big(self.source.tensors)
         for name, tensor in smalls.items():
             beside = tensors[name.replace(".small.", ".big.").removesuffix("bias").removesuffix("weight") + "weight"]

@@ -4,11 +4,10 @@ Layer after layer, calibration tokens meet two prefixes: the dense model's, and 
 small in each layer before, so that a small FFN is fitted to the inputs that it will really get. Its target is what big
 gives on them, and a part of what the prefix has lost: `Graft.compensation`. See `solve` for what a small FFN is made of
 and `importance` for which errors count. (The paper trains small FFNs from scratch; this is for models that nobody can
-train anew. Closed forms for pruned layers go back to Optimal Brain Damage and its successors.)
+train anew. Solving for what is left of a pruned layer goes back to Optimal Brain Surgeon, Hassibi and Stork 1993.)
 """
 
 import hashlib
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,7 +55,8 @@ def graft(
     settings: Graft,
     ids: NDArray[np.integer],
     work: Path,
-    progress: Callable[[int, int], object] = lambda done, total: None,  # noqa: ARG005
+    progress: Callable[[int, int], object] = lambda *_: None,
+    note: Callable[[str], object] = lambda _: None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The small FFNs of a dense model, and what its config.json gains.
 
@@ -67,6 +67,7 @@ def graft(
         ids: token ids ``[tokens]`` of the calibration text.
         work: a directory for what is done so far; the same call resumes there. The tensors are read from it.
         progress: is called with the steps that are done and all steps.
+        note: is told if a graft is resumed.
 
     Returns:
         ``model.layers.N.mlp.small.*`` in float32, and the configuration's new keys.
@@ -102,7 +103,7 @@ def graft(
         state.save("routed-0", embedded)
         state.save("dense-0", embedded)
     elif first:
-        print(f"resuming the graft in {work} at layer {first} of {layers}", file=sys.stderr)  # noqa: T201
+        note(f"resuming the graft in {work} at layer {first} of {layers}")
     done += first
     for index in range(first, layers):
         _graft_layer(model, index, index in chosen, settings, width, state)

@@ -93,7 +93,7 @@ def graft(monkeypatch):
             if self.small_ratio > 1000:
                 raise DuoError("--small-ratio: no neuron would be left")
 
-    def make(weights, config, settings, ids, work, progress):
+    def make(weights, config, settings, ids, work, progress, _):
         work.mkdir(exist_ok=True)
         resumed = len(list(work.iterdir()))
         fake.calls.append((settings, ids, resumed))

@@ -97,7 +97,7 @@ class StopError(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 4, 6, 7, 8])
-def test_an_interrupted_graft_goes_on_where_it_was(dense, ids, tmp_path, capsys, after):
+def test_an_interrupted_graft_goes_on_where_it_was(dense, ids, tmp_path, after):
     tensors, config, _ = dense()
     whole, _ = graft(tensors, config, SETTINGS, ids, tmp_path / "whole")
 
@@ -108,10 +108,12 @@ def test_an_interrupted_graft_goes_on_where_it_was(dense, ids, tmp_path, capsys,
 
     with pytest.raises(StopError):
         graft(tensors, config, SETTINGS, ids, tmp_path / "state", stop)
-    steps = []
-    again, _ = graft(tensors, config, SETTINGS, ids, tmp_path / "state", lambda done, _: steps.append(done))
+    steps, notes = [], []
+    again, _ = graft(
+        tensors, config, SETTINGS, ids, tmp_path / "state", lambda done, _: steps.append(done), notes.append
+    )
     assert steps == list(range(after + 1 if after >= 6 else 1, 10))
-    assert ("resuming" in capsys.readouterr().err) == (after > 6)
+    assert len(notes) == (after > 6) and all("resuming the graft" in note for note in notes)
     for name, tensor in whole.items():
         assert mx.array_equal(tensor.load(), again[name].load()).item(), name
 
