@@ -24,7 +24,6 @@ from duo_mlx.convert.graft.solve import Moments, Projection, SmallFFN, solve
 from duo_mlx.convert.graft.state import State
 from duo_mlx.convert.tensors import Tensor, Tensors
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Layer
 
 WINDOW = 256  # tokens
 LEAST = 16 * WINDOW
@@ -153,10 +152,12 @@ def _graft_layer(model: Dense, index: int, has_small: bool, settings: Graft, wid
         after = middle + big(layer.post_attention_layernorm(middle))
         own = attend(layer, mx.array(routed[rows]), visible)
         x = layer.post_attention_layernorm(own)
-        said = big(x)
+        neurons = nn.silu(big.gate_proj(x)) * big.up_proj(x)
+        said = big.down_proj(neurons)
         if has_small:
             target = said + settings.compensation * (after - own - said)
-            moments.add(*_moments(layer, x, target, token_weights(after, following, visible)), x.shape[0] * x.shape[1])
+            weights = token_weights(after, following, visible)
+            moments.add(*_moments(x, neurons, target, weights), x.shape[0] * x.shape[1])
         dense[rows], routed[rows], bigs[rows] = np.array(after), np.array(own), np.array(said)
     small = None
     if has_small:
@@ -182,10 +183,8 @@ def _projection(part: nn.Linear) -> Projection:
 
 
 def _moments(
-    layer: Layer, x: mx.array, target: mx.array, weights: mx.array
+    x: mx.array, neurons: mx.array, target: mx.array, weights: mx.array
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    big = layer.mlp.big
-    neurons = mx.sigmoid(gate := big.gate_proj(x)) * gate * big.up_proj(x)
     features = mx.concatenate([x, mx.ones((*x.shape[:2], 1)), neurons], axis=-1)
     rows = (features * weights).reshape(-1, features.shape[-1])
     targets = (target * weights).reshape(-1, target.shape[-1])
@@ -195,8 +194,7 @@ def _moments(
 def run(small: SmallFFN, x: mx.array) -> mx.array:
     """What a small FFN gives for ``x [..., inputs]``."""
     parts = {name: mx.array(value) for name, value in vars(small).items()}
-    gate = x @ parts["gate"].T + parts["gate_bias"]
-    inner = gate * mx.sigmoid(gate) * (x @ parts["up"].T + parts["up_bias"])
+    inner = nn.silu(x @ parts["gate"].T + parts["gate_bias"]) * (x @ parts["up"].T + parts["up_bias"])
     return inner @ parts["down"].T + parts["down_bias"]
 
 

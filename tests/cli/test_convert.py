@@ -188,6 +188,7 @@ def test_without_pytorch_verifying_names_the_extra_before_the_work(saved, tmp_pa
     monkeypatch.setattr(converting, "open_source", lambda *_, **__: pytest.fail("the source was opened"))
     monkeypatch.setattr(export, "export", lambda *_, **__: pytest.fail("it was exported"))
     fails("--verify needs PyTorch: pip install 'duo-mlx[torch]'", saved()[0], tmp_path / "duo", *options, "--verify")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_result_and_the_peak_are_said_on_standard_error(saved, tmp_path, succeed):

@@ -181,7 +181,7 @@ def test_the_largest_numbers_and_zeros_are_no_infinity(dtype):
     largest = {"float32": 0x7F7F_FFFF, "float16": 0x7BFF, "bfloat16": 0x7F7F}[dtype]
     sign = 1 << (8 * np.dtype(DTYPES[dtype]).itemsize - 1)
     for bits in ([largest], [sign], [largest | sign], [0], [1, sign | 1], [sign | largest, largest, 0]):
-        refuse_nonfinite("w", np.array(bits, DTYPES[dtype]), dtype)
+        assert refuse_nonfinite("w", np.array(bits, DTYPES[dtype]), dtype) is None
 
 
 def test_a_tensor_that_is_not_what_it_said_is_refused(tmp_path):
