@@ -8,7 +8,7 @@ from typing import Any, Self, TypedDict
 import numpy as np
 
 from duo_mlx.errors import DuoError
-from duo_mlx.routes import Route, Routes, parse_pattern
+from duo_mlx.routes import LETTERS, Route, Routes, parse_pattern
 
 
 class KnownPattern(TypedDict):
@@ -44,6 +44,7 @@ class ModelArgs:
     small_layers: tuple[int, ...] | None = None  # layers that have a small FFN; in the others small means big
     small_bias: bool = False  # whether small's projections have biases, whatever mlp_bias says of big's
     skip_scope: str = "ffn"  # what SKIP bypasses: "ffn", or "layer" (attention too; keys and values are still written)
+    router_choices: str = ""  # the routes that the layers' routers choose between, such as "sB"; empty: no routers
     default_route: str = "big"  # the pattern of a pass for which nobody gives routes
     best_patterns: tuple[KnownPattern, ...] = ()  # see `duo_mlx.budget`; what a measurement found
 
@@ -77,6 +78,13 @@ class ModelArgs:
             object.__setattr__(self, "small_layers", _layer_numbers(self.small_layers, self.num_hidden_layers))
         if type(self.small_bias) is not bool:
             raise DuoError(f"config.json: small_bias is {self.small_bias!r}; it must be true or false")
+        choices = self.router_choices
+        if not isinstance(choices, str) or not set(choices) <= set(LETTERS) or len(set(choices)) != len(choices):
+            raise DuoError(
+                f"config.json: router_choices is {choices!r}; it must name each route to choose from once, such as 'sB'"
+            )
+        if len(choices) == 1:
+            raise DuoError(f"config.json: router_choices is {choices!r}; a router needs two or three routes")
         object.__setattr__(self, "best_patterns", _known_patterns(self.best_patterns, self.num_hidden_layers))
         try:
             parse_pattern(self.default_route, self.num_hidden_layers)

@@ -1,42 +1,40 @@
 """Strategies: how a layer carries out its tokens' routes.
 
-`plan` turns a pass's routes into one entry a layer, and a strategy runs the FFNs of one layer by that entry:
+`plan` turns a pass's routes into one entry a layer, `decide` asks a router where that is what gives the layer's routes,
+and a strategy runs the FFNs by the result:
 
 ===========  ====================================================================================================
 ``dense``    both FFNs on every token, then a choice; differentiable, never reads a route; the reference
 ``planned``  only the FFNs that some token needs are in the graph; known on the host
 ``sorted``   tokens grouped by route, each FFN on its own group; reads two counts a layer if the device knows the route
 ``sync``     ``planned`` after reading the layer's routes from the device: one sync a layer
-``auto``     ``planned`` where all tokens of a layer share a route, else ``sorted``; routes on the device are read
-             once for the whole pass
+``masked``   products that a route on the device masks out (`duo_mlx.masked`); ``sorted`` for more than 8 tokens
+``fused``    kernels that read the route on the device (`duo_mlx.kernels`); ``sorted`` for more than 8 tokens
+``auto``     ``planned`` where all tokens of a layer share a route that the host knows, else by the table of
+             `duo_mlx.auto`; routes of a whole pass on the device are read once
 ===========  ====================================================================================================
 
-Routes in NumPy are known by the host, routes in an `mx.array` by the device.
+Routes in NumPy are known by the host, routes in an `mx.array` by the device, and those of a router by the device only
+when a layer is reached.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from duo_mlx import auto, masked
 from duo_mlx.errors import DuoError
+from duo_mlx.ffns import FFN, FFNs
+from duo_mlx.kernels import fused, launch
+from duo_mlx.router import Router
 from duo_mlx.routes import Route, Routes, check_routes
 
 # What one layer's tokens do: one route for all of them, or [batch, tokens] on the host or on the device.
 LayerRoutes = Route | Routes | mx.array
-
-
-class FFNs(Protocol):
-    """The two modules of a layer; each maps ``[..., hidden]`` to ``[..., hidden]``."""
-
-    @property
-    def big(self) -> Callable[[mx.array], mx.array]: ...
-
-    @property
-    def small(self) -> Callable[[mx.array], mx.array]: ...
-
 
 _reads = 0
 
@@ -53,21 +51,34 @@ def _read(array: mx.array) -> NDArray[Any]:
 
 
 def check_strategy(strategy: str) -> str:
-    """``strategy`` if it exists, else `DuoError`."""
+    """``strategy`` if it exists and this machine can have it, else `DuoError`."""
     if strategy not in STRATEGIES:
         raise DuoError(f"strategy {strategy!r} does not exist; there are {', '.join(STRATEGIES)}")
+    if strategy == "fused" and (reason := launch.unavailable()):
+        raise DuoError(f"strategy 'fused' cannot run here: {reason}; use auto, sync, sorted or dense")
     return strategy
 
 
 def plan(
-    routes: Sequence[int] | NDArray[np.integer] | mx.array, batch: int, tokens: int, layers: int, strategy: str
-) -> list[LayerRoutes]:
-    """One entry a layer from the routes of a pass, ``[layers]`` or ``[batch, tokens, layers]``.
+    routes: Sequence[int] | NDArray[np.integer] | mx.array | Router,
+    batch: int,
+    tokens: int,
+    layers: int,
+    strategy: str,
+) -> list[LayerRoutes | Router]:
+    """One entry a layer from the routes of a pass, ``[layers]`` or ``[batch, tokens, layers]``, or from a router.
 
     Raises:
-        DuoError: unknown strategy, wrong shape or value.
+        DuoError: unknown strategy, wrong shape or value, or a strategy that cannot carry out such routes.
     """
     check_strategy(strategy)
+    if isinstance(routes, Router):
+        if strategy == "planned":
+            raise DuoError(
+                "strategy 'planned' needs routes that are known before the pass, and a router decides within it; "
+                "use auto, fused, masked, sync, sorted or dense"
+            )
+        return [routes] * layers
     if isinstance(routes, mx.array):
         if strategy in ("auto", "planned"):
             routes = _read(routes)
@@ -88,50 +99,72 @@ def _shared(routes: Routes) -> Route | Routes:
     return Route(int(first)) if (routes == first).all() else routes
 
 
-def settle(route: LayerRoutes, strategy: str) -> LayerRoutes:
-    """A layer's entry as the strategy needs it when the layer begins: ``sync`` reads it here."""
-    if strategy == "sync" and isinstance(route, mx.array):
-        return _shared(_read(route).astype(np.uint8))
-    return route
+def decide(
+    entry: LayerRoutes | Router, layer: int, h: mx.array, norm: nn.RMSNorm, ffns: FFNs, strategy: str
+) -> tuple[mx.array, LayerRoutes]:
+    """``norm(h)`` and a layer's routes as the strategy needs them: a router is asked, ``sync`` reads the answer."""
+    if isinstance(entry, Router):
+        by = resolve(strategy, ffns, h, "device")
+        x, decided = entry.decide(layer, h, norm, in_one_kernel=by == "fused")
+        route: LayerRoutes = decided
+    else:
+        by, x, route = strategy, norm(h), entry
+    if by == "sync" and isinstance(route, mx.array):
+        return x, _shared(_read(route).astype(np.uint8))
+    return x, route
 
 
-def run(ffns: FFNs, x: mx.array, route: LayerRoutes, strategy: str) -> mx.array:
-    """The routed FFNs' output ``[batch, tokens, hidden]`` for the normalised ``x``; zeros where a token skips."""
-    return STRATEGIES[strategy](ffns, x, route)
+def resolve(strategy: str, ffns: FFNs, x: mx.array, known_by: str) -> str:
+    """The strategy that runs for tokens ``x [batch, tokens, hidden]`` whose routes differ or only the device knows.
+
+    ``masked`` and ``fused`` are for decoding: more tokens than a decoding batch has are ``sorted``.
+
+    Raises:
+        DuoError: the strategy cannot run here.
+    """
+    rows = x.shape[0] * x.shape[1]
+    if strategy == "auto":
+        return auto.choose(ffns, rows, x.dtype, known_by)
+    if strategy in ("masked", "fused"):
+        if rows > auto.FEW:
+            return "sorted"
+        auto.require(strategy, ffns, rows, x.dtype)
+    return strategy
+
+
+def run(ffns: FFNs, x: mx.array, route: LayerRoutes, strategy: str, residual: mx.array) -> mx.array:
+    """``residual`` plus the routed FFNs' output for the normalised ``x``, all ``[batch, tokens, hidden]``."""
+    if isinstance(route, Route) and strategy != "dense":
+        return residual + _module(ffns, route)(x)
+    by = resolve(strategy, ffns, x, "device" if isinstance(route, mx.array) else "host")
+    return RUN[by](ffns, x, route, residual)
 
 
 def keep_unless_skipped(values: mx.array, route: LayerRoutes) -> mx.array:
     """``values [batch, tokens, hidden]`` with zeros at the tokens that skip the layer."""
     if isinstance(route, Route):
         return mx.zeros_like(values) if route is Route.SKIP else values
-    return mx.where(_column(route) == Route.SKIP, mx.zeros((), values.dtype), values)
+    return mx.where(mx.array(route)[..., None] == Route.SKIP, mx.zeros((), values.dtype), values)
 
 
-def _column(route: Routes | mx.array) -> mx.array:
-    return mx.array(route)[..., None]
-
-
-def _dense(ffns: FFNs, x: mx.array, route: LayerRoutes) -> mx.array:
-    column = mx.array(int(route)) if isinstance(route, Route) else _column(route)
+def _dense(ffns: FFNs, x: mx.array, route: LayerRoutes, residual: mx.array) -> mx.array:
+    column = mx.array(int(route)) if isinstance(route, Route) else mx.array(route)[..., None]
     nothing = mx.zeros((), x.dtype)
-    return mx.where(column == Route.BIG, ffns.big(x), mx.where(column == Route.SMALL, ffns.small(x), nothing))
+    small_or_nothing = mx.where(column == Route.SMALL, ffns.small(x), nothing)
+    return residual + mx.where(column == Route.BIG, ffns.big(x), small_or_nothing)
 
 
-def _planned(ffns: FFNs, x: mx.array, route: LayerRoutes) -> mx.array:
-    if isinstance(route, Route):
-        return _module(ffns, route)(x)
+def _planned(ffns: FFNs, x: mx.array, route: Routes | mx.array, residual: mx.array) -> mx.array:
     if isinstance(route, mx.array):
         raise DuoError("strategy 'planned' needs routes that the host knows; use dense, sorted or sync")
     out = mx.zeros((), x.dtype)
-    column = _column(route)
+    column = mx.array(route)[..., None]
     for needed in np.unique(route[route != Route.SKIP]).tolist():
         out = mx.where(column == needed, _module(ffns, Route(needed))(x), out)
-    return mx.broadcast_to(out, x.shape)
+    return residual + out
 
 
-def _sorted(ffns: FFNs, x: mx.array, route: LayerRoutes) -> mx.array:
-    if isinstance(route, Route):
-        return _module(ffns, route)(x)
+def _sorted(ffns: FFNs, x: mx.array, route: Routes | mx.array, residual: mx.array) -> mx.array:
     rows = x.reshape(-1, x.shape[-1])
     order, back, skips, smalls = _grouping(route)
     bigs = rows.shape[0] - skips - smalls
@@ -140,7 +173,7 @@ def _sorted(ffns: FFNs, x: mx.array, route: LayerRoutes) -> mx.array:
         if count:  # a quantised product over no rows kills the process
             parts.append(module(rows[order[start : start + count]]))
     grouped = mx.concatenate(parts) if len(parts) > 1 else parts[0]
-    return grouped[back].reshape(x.shape)
+    return residual + grouped[back].reshape(x.shape)
 
 
 def _grouping(route: Routes | mx.array) -> tuple[mx.array, mx.array, int, int]:
@@ -156,18 +189,29 @@ def _grouping(route: Routes | mx.array) -> tuple[mx.array, mx.array, int, int]:
     return mx.array(host), mx.array(back), int(counts[Route.SKIP]), int(counts[Route.SMALL])
 
 
-def _auto(ffns: FFNs, x: mx.array, route: LayerRoutes) -> mx.array:
-    return (_planned if isinstance(route, Route) else _sorted)(ffns, x, route)
+def _masked(ffns: FFNs, x: mx.array, route: Routes | mx.array, residual: mx.array) -> mx.array:
+    return residual + masked.run(ffns, x, mx.array(route))
+
+
+def _fused(ffns: FFNs, x: mx.array, route: Routes | mx.array, residual: mx.array) -> mx.array:
+    return fused.ffn(ffns, x, mx.array(route), residual)
 
 
 def _module(ffns: FFNs, route: Route) -> Callable[[mx.array], mx.array]:
-    return {Route.BIG: ffns.big, Route.SMALL: ffns.small, Route.SKIP: mx.zeros_like}[route]
+    modules: dict[Route, FFN | Callable[[mx.array], mx.array]] = {
+        Route.BIG: ffns.big,
+        Route.SMALL: ffns.small,
+        Route.SKIP: mx.zeros_like,
+    }
+    return modules[route]
 
 
-STRATEGIES: dict[str, Callable[[FFNs, mx.array, LayerRoutes], mx.array]] = {
-    "auto": _auto,
+RUN: dict[str, Callable[..., mx.array]] = {
     "dense": _dense,
     "planned": _planned,
     "sorted": _sorted,
     "sync": _planned,
+    "masked": _masked,
+    "fused": _fused,
 }
+STRATEGIES = ("auto", *RUN)

@@ -6,11 +6,10 @@ as FLOPs; the embedding counts as one row; a tied head is read whole, as a head 
 
 from dataclasses import dataclass
 
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
+from duo_mlx.ffns import nbytes
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.routes import Route, Routes
 
@@ -57,19 +56,24 @@ def flops(args: ModelArgs, context: int) -> RouteTable:
     return RouteTable(2 * args.hidden_size * args.vocab_size, 2 * matrices.by_route + attention)
 
 
-def weight_bytes(model: Model) -> RouteTable:
-    """Bytes of weights that decoding one token reads, from the sizes of the arrays that the model really holds."""
+def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
+    """Bytes of weights that decoding one token reads, from the sizes of the arrays that the model really holds.
+
+    ``by_router``: the model's own router decides, so its weights are read, too.
+    """
     head = model.model.embed_tokens if model.args.tie_word_embeddings else model.lm_head
-    row = _nbytes(model.model.embed_tokens) // model.args.vocab_size
+    row = nbytes(model.model.embed_tokens) // model.args.vocab_size
     by_route = np.zeros((model.args.num_hidden_layers, len(Route)), np.int64)
     for costs, layer in zip(by_route, model.layers, strict=True):
-        before = _nbytes(layer.input_layernorm)
-        attention, norm = before + _nbytes(layer.self_attn), _nbytes(layer.post_attention_layernorm)
-        costs[Route.BIG] = attention + norm + _nbytes(layer.mlp.big)
-        costs[Route.SMALL] = attention + norm + _nbytes(layer.mlp.small)
-        keys = before + _nbytes(layer.self_attn.k_proj) + _nbytes(layer.self_attn.v_proj)
+        before = nbytes(layer.input_layernorm)
+        attention, norm = before + nbytes(layer.self_attn), nbytes(layer.post_attention_layernorm)
+        costs[Route.BIG] = attention + norm + nbytes(layer.mlp.big)
+        costs[Route.SMALL] = attention + norm + nbytes(layer.mlp.small)
+        keys = before + nbytes(layer.self_attn.k_proj) + nbytes(layer.self_attn.v_proj)
         costs[Route.SKIP] = keys if layer.skips_attention else attention
-    return RouteTable(_nbytes(head) + row + _nbytes(model.model.norm), by_route)
+        if by_router:
+            costs += nbytes(layer.mlp.router)
+    return RouteTable(nbytes(head) + row + nbytes(model.model.norm), by_route)
 
 
 def cache_bytes(model: Model, context: int) -> RouteTable:
@@ -88,7 +92,3 @@ def cache_bytes(model: Model, context: int) -> RouteTable:
 def _attended(args: ModelArgs, layer: int, context: int) -> int:
     sliding = args.layer_types[layer] == "sliding_attention" and args.sliding_window
     return min(context, sliding) if sliding else context
-
-
-def _nbytes(module: nn.Module) -> int:
-    return sum(value.nbytes for value in dict(tree_flatten(module.parameters())).values())

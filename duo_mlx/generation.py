@@ -1,7 +1,8 @@
 """Generation: a model bound to a policy, driven by mlx-lm's own generation loop, caches and samplers."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -16,33 +17,44 @@ from duo_mlx.conditional import check_strategy
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Layer, Model
 from duo_mlx.policies import FixedPolicy, Policy, parse_route
+from duo_mlx.router import Recorder, Router
 from duo_mlx.routes import Route, Routes
 
 
 @dataclass
 class Response(GenerationResponse):
-    """mlx-lm's response and ``routes [layers]``: those of the pass that predicted this token."""
+    """mlx-lm's response, and the `routes` of the pass that predicted this token."""
 
-    routes: Routes = field(kw_only=True)
+    find_routes: Callable[[], Routes] = field(kw_only=True, repr=False)
+
+    @cached_property
+    def routes(self) -> Routes:
+        """``[layers]``; what a router decided is read from the device when somebody asks for it."""
+        return self.find_routes()
 
 
 class RoutedModel(nn.Module):
-    """A model bound to a policy, callable as mlx-lm calls a model: it counts positions and passes their routes on.
+    """A model bound to a policy or a router, callable as mlx-lm calls a model: it passes each position's routes on.
 
     One object serves one sequence (or one batch of sequences of equal length).
     """
 
-    def __init__(self, model: Model, policy: Policy, strategy: str = "auto", start: int = 0):
+    def __init__(self, model: Model, policy: Policy | Router, strategy: str = "auto", start: int = 0):
         super().__init__()
         self.model = model
-        self.policy = policy
+        self.policy = Recorder(policy) if isinstance(policy, Router) else policy
         self.strategy = check_strategy(strategy)
         self.position = start
+        self.decided: dict[int, list[mx.array]] = {}  # a router's routes of each pass, by its last position
 
     def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
         batch, tokens = inputs.shape[:2] if input_embeddings is None else input_embeddings.shape[:2]
-        routes = self.routes(self.position, self.position + tokens, batch)
-        self.position += tokens
+        start, self.position = self.position, self.position + tokens
+        if isinstance(self.policy, Recorder):
+            logits = self.model(inputs, cache, input_embeddings, routes=self.policy, strategy=self.strategy)
+            self.decided[self.position - 1] = self.policy.taken
+            return logits
+        routes = self.routes(start, self.position, batch)
         return self.model(inputs, cache, input_embeddings, routes=routes, strategy=self.strategy)
 
     def routes(self, start: int, stop: int, batch: int = 1) -> Routes:
@@ -51,9 +63,20 @@ class RoutedModel(nn.Module):
         After the policy's end, where mlx-lm starts one step whose result it drops, they are skip.
         """
         args = self.model.args
+        assert not isinstance(self.policy, Recorder), "a router has no routes before its pass"
         if self.policy.length is not None and start >= self.policy.length:
             return np.full(args.num_hidden_layers, Route.SKIP, np.uint8)
         return args.realised(self.policy.routes(start, stop, batch))
+
+    def later(self, position: int) -> Callable[[], Routes]:
+        """What gives the first sequence's routes ``[layers]`` at the last position of a pass, when it is called."""
+        if not isinstance(self.policy, Recorder):
+            return lambda: self.routes(position, position + 1).reshape(-1)
+        decided = self.decided.pop(position)
+        for passed in [earlier for earlier in self.decided if earlier < position]:
+            del self.decided[passed]  # those of a prompt's chunks
+        # each is evaluated with its pass, so that reading it does not wait for the next
+        return lambda: self.model.args.realised(np.array([np.array(route)[0, -1] for route in decided], np.uint8))
 
     @property
     def layers(self) -> list[Layer]:
@@ -63,8 +86,8 @@ class RoutedModel(nn.Module):
         return self.model.make_cache()
 
 
-def policy_of(model: Model, route: str | None, seed: int = 0) -> Policy:
-    """The policy that a route SPEC names for this model; None: its ``default_route``.
+def policy_of(model: Model, route: str | None, seed: int = 0) -> Policy | Router:
+    """The policy or router that a route SPEC names for this model; None: its ``default_route``.
 
     Raises:
         DuoError: what is wrong with ``route``, in one line.
@@ -72,6 +95,8 @@ def policy_of(model: Model, route: str | None, seed: int = 0) -> Policy:
     spec = route or model.args.default_route
     if spec.startswith(budget.PREFIX):
         return FixedPolicy(budget.best_pattern(model, spec))
+    if spec == "router":
+        return model.router()
     return parse_route(spec, model.args.num_hidden_layers, seed)
 
 
@@ -90,7 +115,7 @@ def encode(tokenizer: TokenizerWrapper, prompt: str | list[int]) -> list[int]:
     return tokens
 
 
-def room(model: Model, policy: Policy, prompt_tokens: int) -> int | None:
+def room(model: Model, policy: Policy | Router, prompt_tokens: int) -> int | None:
     """How many tokens can be generated after a prompt; None where nothing limits them.
 
     Raises:
@@ -98,7 +123,7 @@ def room(model: Model, policy: Policy, prompt_tokens: int) -> int | None:
     """
     limits = [
         (model.args.max_position_embeddings, "the model's context is"),
-        (policy.length, "the routes to replay end after"),
+        (None if isinstance(policy, Router) else policy.length, "the routes to replay end after"),
     ]
     left = []
     for limit, what in limits:
@@ -115,7 +140,7 @@ def stream_generate(
     tokenizer: TokenizerWrapper,
     prompt: str | list[int],
     *,
-    route: str | Policy | None = None,
+    route: str | Policy | Router | None = None,
     strategy: str = "auto",
     seed: int = 0,
     max_tokens: int = 256,
@@ -127,8 +152,8 @@ def stream_generate(
         model: what `duo_mlx.load` gave.
         tokenizer: the same.
         prompt: text or token ids.
-        route: a route SPEC (see `duo_mlx.policies.parse_route`, and `duo_mlx.budget` for ``budget:K``) or a policy;
-            None: the model's ``default_route``.
+        route: a route SPEC (``router`` for the model's own router, ``budget:K`` as in `duo_mlx.budget`, or what
+            `duo_mlx.policies.parse_route` reads), a policy or a router; None: the model's ``default_route``.
         strategy: how routes are carried out, see `duo_mlx.conditional`.
         seed: of random routes (sampling follows ``mx.random.seed``).
         max_tokens: at most so many tokens, and never beyond the model's context or the end of replayed routes.
@@ -140,7 +165,6 @@ def stream_generate(
     Raises:
         DuoError: an empty or too long prompt, an unusable route or strategy.
     """
-    layers = model.args.num_hidden_layers
     if route is None or isinstance(route, str):
         route = policy_of(model, route, seed)
     tokens = encode(tokenizer, prompt)
@@ -153,8 +177,7 @@ def stream_generate(
     routed = RoutedModel(model, route, strategy, start=cached)
     for response in mlx_lm_stream_generate(routed, tokenizer, tokens, max_tokens, **kwargs):
         position = first + response.generation_tokens - 2
-        routes = routed.routes(position, position + 1).reshape(layers)
-        yield Response(**vars(response), routes=routes)
+        yield Response(**vars(response), find_routes=routed.later(position))
 
 
 def _cached(prompt_cache: list[Any] | None) -> int:

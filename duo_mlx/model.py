@@ -4,6 +4,7 @@ Attention, RoPE variants, sliding windows, masks and caches are mlx-lm's own; wh
 the routes, which are an argument of the pass. The method is Duo-LLM's (arXiv 2410.10846, section "Model").
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,28 +12,100 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import llama
-from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from numpy.typing import NDArray
 
 from duo_mlx import conditional
 from duo_mlx.arguments import KnownPattern, ModelArgs
-from duo_mlx.routes import Route
+from duo_mlx.errors import DuoError
+from duo_mlx.router import LinearRouter, Router
+from duo_mlx.routes import LETTERS, Route
 
 __all__ = ["KnownPattern", "Model", "ModelArgs"]
 
 
-class Attention(llama.Attention):
-    """Llama's attention, which can also do no more than write a token's keys and values."""
+def _decodes_on_cpu(tokens: int) -> bool:
+    """Whether a pass is a single token on the CPU, where some of MLX's fused primitives are many small ones.
 
-    def remember(self, x: mx.array, cache: Any) -> tuple[mx.array, mx.array]:
-        """Write the keys and values of ``x [batch, tokens, hidden]`` to the cache and return all that it holds."""
-        keys, values = (
-            proj(x).reshape(*x.shape[:2], self.n_kv_heads, -1).transpose(0, 2, 1, 3)
-            for proj in (self.k_proj, self.v_proj)
-        )
-        fetched: tuple[mx.array, mx.array] = cache.update_and_fetch(self.rope(keys, offset=cache.offset), values)
+    In a small model these take longer than what they stand between, the products with its weights.
+    """
+    return tokens == 1 and mx.default_device().type == mx.DeviceType.cpu
+
+
+@mx.compile
+def _norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    return mx.fast.rms_norm(x, weight, eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """MLX's own; compiled where that makes 3 primitives of 11."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if _decodes_on_cpu(x.shape[-2]):
+            return _norm(x, self.weight, self.eps)
+        normed: mx.array = super().__call__(x)
+        return normed
+
+
+Rotation = Callable[[mx.array], mx.array]  # of queries or keys [batch, heads, tokens, head_dim] at a pass's positions
+
+
+class Attention(llama.Attention):
+    """Llama's attention in two halves, of which a skipped token needs the first: its keys and values."""
+
+    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any, rotate: Rotation) -> mx.array:
+        queries = rotate(self._heads(self.q_proj(x), self.n_heads))
+        keys, values = self.remember(x, cache, rotate)
+        mixed = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
+        out: mx.array = self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+        return out
+
+    def remember(self, x: mx.array, cache: Any, rotate: Rotation) -> tuple[mx.array, mx.array]:
+        """Keys and values of ``x [batch, tokens, hidden]``, written to the cache if there is one; all that it holds."""
+        keys = rotate(self._heads(self.k_proj(x), self.n_kv_heads))
+        values = self._heads(self.v_proj(x), self.n_kv_heads)
+        if cache is None:
+            return keys, values
+        fetched: tuple[mx.array, mx.array] = cache.update_and_fetch(keys, values)
         return fetched
+
+    def rotation(self, tokens: int, cache: Any) -> Rotation:
+        """How a pass over ``tokens`` after what the cache holds rotates the queries and keys of every layer."""
+        offset = 0 if cache is None else cache.offset
+        if _decodes_on_cpu(tokens) and isinstance(offset, int):
+            # mx.fast.rope would be 29 primitives twice a layer. At one position a rotation is one matrix for all
+            # layers: what it makes of the unit vectors.
+            units = mx.eye(self.head_dim)[None, :, None]
+            matrix = self.rope(units, offset=offset)[0, :, 0]
+            return lambda x: x @ matrix.astype(x.dtype)
+        return lambda x: self.rope(x, offset=offset)
+
+    def _heads(self, x: mx.array, heads: int) -> mx.array:
+        """``[batch, tokens, heads * head_dim]`` as ``[batch, heads, tokens, head_dim]``."""
+        return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+
+class RouterWeights(nn.Module):
+    """A layer's linear router; no `nn.Linear`, so that quantising a model leaves the few weights that decide alone."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.weight = mx.zeros((len(args.router_choices), args.hidden_size))
+
+
+class BigOnlyFFN(nn.Module):
+    """A layer's FFN where no small one was made: small is another word for big."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.big = llama.MLP(args)
+        if args.router_choices:
+            self.router = RouterWeights(args)
+
+    @property
+    def small(self) -> llama.MLP:
+        return self.big
 
 
 class DuoFFN(nn.Module):
@@ -44,49 +117,48 @@ class DuoFFN(nn.Module):
         self.small = llama.MLP(
             replace(args, intermediate_size=args.small_intermediate_size, mlp_bias=args.mlp_bias or args.small_bias)
         )
-
-
-class BigOnlyFFN(nn.Module):
-    """A layer's FFN where no small one was made: small is another word for big."""
-
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.big = llama.MLP(args)
-
-    @property
-    def small(self) -> llama.MLP:
-        return self.big
+        if args.router_choices:
+            self.router = RouterWeights(args)
 
 
 class Layer(nn.Module):
     """Attention that all tokens share, then the FFN that each token's route names."""
 
-    def __init__(self, args: ModelArgs, layer_type: str, has_small: bool = True):
+    def __init__(self, args: ModelArgs, index: int):
         super().__init__()
         self.self_attn = Attention(args)
-        self.mlp = DuoFFN(args) if has_small else BigOnlyFFN(args)
-        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.use_sliding = layer_type == "sliding_attention"
+        self.mlp = DuoFFN(args) if args.has_small(index) else BigOnlyFFN(args)
+        self.input_layernorm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.index = index
+        self.use_sliding = args.layer_types[index] == "sliding_attention"
         self.skips_attention = args.skip_scope == "layer"
 
     def __call__(
-        self, x: mx.array, mask: mx.array | str | None, cache: Any, route: conditional.LayerRoutes, strategy: str
+        self,
+        x: mx.array,
+        mask: mx.array | str | None,
+        cache: Any,
+        rotate: Rotation,
+        entry: conditional.LayerRoutes | Router,
+        strategy: str,
     ) -> mx.array:
-        route = conditional.settle(route, strategy)
-        skipped = route is Route.SKIP and strategy != "dense"
-        if skipped and self.skips_attention:
-            return x if cache is None else self._write_only(x, cache)
-        attended = self.self_attn(self.input_layernorm(x), mask, cache)
         if self.skips_attention:
-            attended = conditional.keep_unless_skipped(attended, route)
-        h = x + attended
-        if skipped:
-            return h
-        return h + conditional.run(self.mlp, self.post_attention_layernorm(h), route, strategy)
+            normed, route = conditional.decide(entry, self.index, x, self.input_layernorm, self.mlp, strategy)
+            if route is Route.SKIP and strategy != "dense":
+                return x if cache is None else self._write_only(x, normed, cache, rotate)
+            attended = conditional.keep_unless_skipped(self.self_attn(normed, mask, cache, rotate), route)
+            h = x + attended
+            normed = self.post_attention_layernorm(h)
+        else:
+            h = x + self.self_attn(self.input_layernorm(x), mask, cache, rotate)
+            normed, route = conditional.decide(entry, self.index, h, self.post_attention_layernorm, self.mlp, strategy)
+            if route is Route.SKIP and strategy != "dense":
+                return h
+        return conditional.run(self.mlp, normed, route, strategy, residual=h)
 
-    def _write_only(self, x: mx.array, cache: Any) -> mx.array:
-        written = self.self_attn.remember(self.input_layernorm(x), cache)
+    def _write_only(self, x: mx.array, normed: mx.array, cache: Any, rotate: Rotation) -> mx.array:
+        written = self.self_attn.remember(normed, cache, rotate)
         # without this nobody would ask for the write, and step after step it would stay an unevaluated graph
         after: list[mx.array] = mx.depends([x], list(written))
         return after[0]
@@ -99,16 +171,17 @@ class Decoder(nn.Module):
         super().__init__()
         self.args = args
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [Layer(args, kind, args.has_small(index)) for index, kind in enumerate(args.layer_types)]
-        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.layers = [Layer(args, index) for index in range(args.num_hidden_layers)]
+        self.norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(
-        self, h: mx.array, cache: list[Any] | None, routes: list[conditional.LayerRoutes], strategy: str
+        self, h: mx.array, cache: list[Any] | None, routes: list[conditional.LayerRoutes | Router], strategy: str
     ) -> mx.array:
         caches = cache or [None] * len(self.layers)
         masks = self.masks(h, caches)
+        rotate = self.layers[0].self_attn.rotation(h.shape[1], caches[0])
         for layer, layer_cache, route in zip(self.layers, caches, routes, strict=True):
-            h = layer(h, masks[layer.use_sliding], layer_cache, route, strategy)
+            h = layer(h, masks[layer.use_sliding], layer_cache, rotate, route, strategy)
         return self.norm(h)
 
     def masks(self, h: mx.array, caches: list[Any]) -> dict[bool, mx.array | str | None]:
@@ -138,7 +211,7 @@ class Model(nn.Module):
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
         *,
-        routes: NDArray[np.integer] | mx.array | list[int] | None = None,
+        routes: NDArray[np.integer] | mx.array | list[int] | Router | None = None,
         strategy: str = "auto",
     ) -> mx.array:
         """Logits ``[batch, tokens, vocab]`` of ``inputs [batch, tokens]``.
@@ -148,12 +221,12 @@ class Model(nn.Module):
             cache: mlx-lm's prompt cache, one entry a layer; None for a pass without one.
             input_embeddings: ``[batch, tokens, hidden]`` in place of the tokens' own.
             routes: 0 skip, 1 small, 2 big; ``[layers]``, one pattern for all tokens, or ``[batch, tokens, layers]``.
-                NumPy arrays and lists are known to the host, an `mx.array` to the device. None: the config's
-                ``default_route``.
+                NumPy arrays and lists are known to the host, an `mx.array` to the device. Or a router, which each
+                layer asks. None: the config's ``default_route``.
             strategy: how routes are carried out, see `duo_mlx.conditional`.
 
         Raises:
-            DuoError: routes of another shape or with other values, or an unknown strategy.
+            DuoError: routes of another shape or with other values, or a strategy that is unknown or cannot run here.
         """
         h = self.model.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         chosen = self.args.default_pattern if routes is None else routes
@@ -165,6 +238,17 @@ class Model(nn.Module):
         if self.args.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(out)
         return self.lm_head(out)
+
+    def router(self, offsets: mx.array | None = None) -> LinearRouter:
+        """The model's own router; ``offsets [choices]`` are added to its logits.
+
+        Raises:
+            DuoError: the model has none.
+        """
+        choices = [LETTERS.index(letter) for letter in self.args.router_choices]
+        if not choices:
+            raise DuoError("this model has no router: its config.json has no router_choices")
+        return LinearRouter([layer.mlp.router.weight for layer in self.layers], choices, offsets)
 
     @property
     def layers(self) -> list[Layer]:

@@ -45,7 +45,7 @@ def parse_pattern(text: str, layers: int) -> Routes:
     unknown = sorted(set(text) - set(LETTERS))
     if unknown or not text:
         raise DuoError(
-            f"route {text!r} is neither big, small, skip, big@LAYERS, random, budget:K nor a file, "
+            f"route {text!r} is neither big, small, skip, big@LAYERS, random, router, budget:K nor a file, "
             "and not a pattern either: "
             f"a pattern has one of B (big), s (small), - (skip) for each of the {layers} layers"
         )

@@ -6,8 +6,10 @@ How long hypothesis looks for trouble at night: ``pytest tests/convert --hypothe
 import duo_mlx  # noqa: F401  (first of all, so that it loads OpenBLAS before mlx comes)
 
 # isort: split
+import importlib.util
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from duo_mlx import checkpoint
+from duo_mlx.kernels import launch, verdicts
 from duo_mlx.model import Model, ModelArgs
 
 settings.register_profile("nightly", max_examples=4000)
@@ -169,3 +172,43 @@ def saved(
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def emulator(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The emulator of Metal in tests/kernels/emulator.py, which see; kernels it compiled are kept in pytest's cache."""
+    spec = importlib.util.spec_from_file_location("emulator", Path(__file__).parent / "kernels" / "emulator.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    compiler = module.compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler to emulate Metal with")
+    emulator = module.Emulator(compiler, request.config.cache.mkdir("emulator"))
+    yield emulator
+    emulator.close()
+
+
+@pytest.fixture(scope="session")
+def verdicts_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where what self-checks find in the emulator is kept for the session, so that each is made once."""
+    return tmp_path_factory.mktemp("verdicts")
+
+
+@pytest.fixture
+def emulated(emulator: Any, monkeypatch: pytest.MonkeyPatch, verdicts_kept: Path) -> Iterator[Any]:
+    """The emulator, fresh, in which Metal kernels run during a test."""
+    emulator.reset()
+    monkeypatch.setattr(launch, "execute", emulator.execute)
+    monkeypatch.setattr(launch, "unavailable", lambda: None)
+    monkeypatch.setenv(verdicts.CACHE, str(verdicts_kept))
+    verdicts.record.cache_clear()
+    yield emulator
+    verdicts.record.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _emulate_fused(request: pytest.FixtureRequest) -> None:
+    """Every test of a ``strategy`` meets ``fused`` in the emulator."""
+    if hasattr(request.node, "callspec") and request.node.callspec.params.get("strategy") == "fused":
+        request.getfixturevalue("emulated")

@@ -59,6 +59,12 @@ def attention_products(primitives):
     return 2 * primitives["Softmax"]
 
 
+def rotations(tokens, attends=LAYERS, writes=0):
+    """Products that rotate queries and keys of a single token, and keys where a layer does no more than write them."""
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return 2 * attends + writes if tokens == 1 and on_cpu else 0
+
+
 @pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
 @pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("strategy", ["planned", "auto", "sorted", "sync"])
@@ -73,8 +79,9 @@ def test_a_step_holds_the_modules_of_its_pattern_and_nothing_else(tiny_model, pa
         "small": [layer for layer, letter in enumerate(pattern) if letter == "s"],
     }
     skips = pattern.count("-")
-    per_attention = ATTENTION_MATMULS * LAYERS - (2 * skips if skip_scope == "layer" else 0)  # keys and values remain
-    expected = HEAD_MATMULS + per_attention + FFN_MATMULS * (LAYERS - skips) + attention_products(primitives)
+    writes = skips if skip_scope == "layer" else 0  # keys and values remain
+    of_attention = ATTENTION_MATMULS * LAYERS - 2 * writes + rotations(tokens, LAYERS - writes, writes)
+    expected = HEAD_MATMULS + of_attention + FFN_MATMULS * (LAYERS - skips) + attention_products(primitives)
     assert matmuls(primitives) == expected
 
 
@@ -83,8 +90,8 @@ def test_the_counts_see_what_dense_computes(tiny_model):
     logits = step_of(with_routes(model, np.full(LAYERS, Route.SKIP), "dense"), model.make_cache())
     primitives, weights = graph_of(logits, model)
     assert weights == {"big": list(range(LAYERS)), "small": list(range(LAYERS))}
-    expected = HEAD_MATMULS + LAYERS * (ATTENTION_MATMULS + 2 * FFN_MATMULS) + attention_products(primitives)
-    assert matmuls(primitives) == expected
+    of_layers = LAYERS * (ATTENTION_MATMULS + 2 * FFN_MATMULS) + rotations(1)
+    assert matmuls(primitives) == HEAD_MATMULS + of_layers + attention_products(primitives)
 
 
 @pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
@@ -132,17 +139,29 @@ def test_all_big_is_llama(tiny_model, llama_twin, case, strategy, prompt, tokens
     twin = llama_twin(model)
     ours = step_of(with_routes(model, np.full(LAYERS, Route.BIG), strategy), model.make_cache(), prompt, tokens)
     theirs = step_of(twin, twin.make_cache(), prompt, tokens)
-    assert graph_of(ours, model)[0] == graph_of(theirs, twin)[0]
-    assert mx.array_equal(ours, theirs).item()
+    assert_no_more_than(graph_of(ours, model)[0], graph_of(theirs, twin)[0], tokens)
+    assert mx.allclose(ours, theirs, rtol=0, atol=1e-5).item()
+
+
+def assert_no_more_than(ours, theirs, tokens):
+    """The same graph as llama's, but for a single token on the CPU, whose rotations are matrices."""
+    if rotations(tokens):
+        assert ours["Matmul"] + ours["AddMM"] == theirs["Matmul"] + theirs["AddMM"] + rotations(tokens)
+        assert ours["Softmax"] == theirs["Softmax"]
+        assert ours["Cos"] <= 1 < theirs["Cos"]
+        assert ours.total() < theirs.total() - 20 * LAYERS
+    else:
+        assert ours == theirs
 
 
 def test_all_small_is_llama_with_the_small_width(tiny_model, llama_twin):
     model = tiny_model()
     twin = llama_twin(model, "small")
-    ours = step_of(with_routes(model, np.full(LAYERS, Route.SMALL), "auto"), model.make_cache())
-    theirs = step_of(twin, twin.make_cache())
-    assert graph_of(ours, model)[0] == graph_of(theirs, twin)[0]
-    assert mx.array_equal(ours, theirs).item()
+    for tokens in (1, 6):
+        ours = step_of(with_routes(model, np.full(LAYERS, Route.SMALL), "auto"), model.make_cache(), tokens=tokens)
+        theirs = step_of(twin, twin.make_cache(), tokens=tokens)
+        assert_no_more_than(graph_of(ours, model)[0], graph_of(theirs, twin)[0], tokens)
+        assert mx.allclose(ours, theirs, rtol=0, atol=1e-5).item()
 
 
 def test_steps_that_skip_layers_leave_no_growing_graph(tiny_model):

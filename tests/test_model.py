@@ -200,7 +200,8 @@ def test_one_route_everywhere_is_llama(tiny_model, llama_twin, variant, module, 
     assert [type(layer) for layer in ours] == [type(layer) for layer in theirs]
     for start, stop in ((0, 4), (4, 7), (7, 8), (8, 9), (9, 10), (10, 11)):
         part = tokens[:, start:stop]
-        assert mx.array_equal(model(part, cache=ours, routes=[route] * 4), twin(part, cache=theirs)).item()
+        found = model(part, cache=ours, routes=[route] * 4)
+        assert mx.allclose(found, twin(part, cache=theirs), rtol=0, atol=1e-5).item()
 
 
 def test_variants_differ(tiny_model):

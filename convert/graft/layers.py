@@ -1,6 +1,7 @@
 """A dense model in pieces: its embedding, a layer at a time, its head; in float32, read when they are needed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +21,7 @@ class Dense:
 
     def __init__(self, tensors: Tensors, config: dict[str, Any]):
         self.tensors = tensors
-        self.args: ModelArgs = dense_args(config)
+        self.args: ModelArgs = replace(dense_args(config), small_layers=())
 
     def _load(self, name: str) -> mx.array:
         return self.tensors[name].load().astype(mx.float32)
@@ -31,7 +32,7 @@ class Dense:
 
     def layer(self, index: int) -> Layer:
         """A layer with its weights, whose FFN is ``mlp.big``."""
-        made = Layer(self.args, self.args.layer_types[index], has_small=False)
+        made = Layer(self.args, index)
         prefix = f"model.layers.{index}."
         own = [name for name in self.tensors if name.startswith(prefix)]
         made.load_weights([(name.removeprefix(prefix).replace("mlp.", "mlp.big."), self._load(name)) for name in own])
@@ -52,7 +53,8 @@ class Dense:
 
 def attend(layer: Layer, h: mx.array, visible: mx.array) -> mx.array:
     """Hidden states after the layer's attention and before its FFN."""
-    out: mx.array = h + layer.self_attn(layer.input_layernorm(h), visible, None)
+    rotate = layer.self_attn.rotation(h.shape[1], None)
+    out: mx.array = h + layer.self_attn(layer.input_layernorm(h), visible, None, rotate)
     return out
 
 

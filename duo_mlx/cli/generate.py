@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-STRATEGIES = ("auto", "dense", "planned", "sorted", "sync")  # equal to duo_mlx.conditional.STRATEGIES, which needs mlx
+# equal to duo_mlx.conditional.STRATEGIES, which needs mlx
+STRATEGIES = ("auto", "dense", "planned", "sorted", "sync", "masked", "fused")
 
 
 @click.command()
@@ -50,6 +51,7 @@ def command(
       big@0,5,11              big in these layers, small elsewhere
       budget:12, budget:0.6   the best known pattern with so many big layers,
                               or with this share of all-big's bytes
+      router                  the model's own router decides, token by token
       random                  big or small, drawn for each token and layer
       random:0.5,0.4,0.1      the same with probabilities of big, small, skip
       FILE, FILE:N            replay: tokens.npz (sequence N) or a text file,
@@ -77,6 +79,7 @@ def command(
     from duo_mlx.cli.statistics import Run
     from duo_mlx.errors import DuoError
     from duo_mlx.generation import encode, policy_of, room, stream_generate
+    from duo_mlx.router import Router
 
     loaded, tokenizer = load(model, revision=revision)
     for token in stop_tokens:
@@ -89,7 +92,7 @@ def command(
         click.echo(f"duo-mlx: only {limit} of {max_tokens} tokens fit after the prompt", err=True)
     mx.random.seed(seed)
 
-    run = Run(loaded, spec, strategy, seed)
+    run = Run(loaded, spec, strategy, seed, by_router=isinstance(policy, Router))
     painter = RoutePainter(tokenizer, tokens, sys.stdout) if show_routes and not as_json else None
     responses = stream_generate(
         loaded,

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from duo_mlx import conditional, cost
+from duo_mlx import auto, conditional, cost
 from duo_mlx.generation import Response
 from duo_mlx.model import Model
 from duo_mlx.routes import histogram
@@ -20,11 +20,14 @@ class Run:
     ``bytes_per_token`` are the weights and the KV cache that the mean generated token's route reads.
     """
 
-    def __init__(self, model: Model, spec: str, strategy: str, seed: int):
+    def __init__(self, model: Model, spec: str, strategy: str, seed: int, by_router: bool):
         self.model = model
         self.spec = spec
-        # a single token with host-known routes is always planned
-        self.strategy = "planned" if strategy == "auto" else strategy
+        self.by_router = by_router
+        if strategy == "auto":  # a single token with host-known routes is always planned
+            weight = model.model.norm.weight
+            strategy = auto.choose(model.layers[0].mlp, 1, weight.dtype, "device") if by_router else "planned"
+        self.strategy = strategy
         self.seed = seed
         self.text = ""
         self.responses: list[Response] = []
@@ -47,7 +50,7 @@ class Run:
         last = self.responses[-1]
         routes = np.stack([response.routes for response in self.responses])
         context = last.prompt_tokens + (self.generated - 1) // 2
-        table = cost.weight_bytes(self.model) + cost.cache_bytes(self.model, context)
+        table = cost.weight_bytes(self.model, self.by_router) + cost.cache_bytes(self.model, context)
         return {
             "text": self.text,
             "route": self.spec,

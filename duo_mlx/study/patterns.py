@@ -34,6 +34,7 @@ class PatternLoss:
         self.pattern = np.full(model.args.num_hidden_layers, Route.BIG, np.uint8)
         embedded = model.model.embed_tokens(windows[:, :-1])
         self._masks = model.model.masks(embedded, [None] * len(model.layers))
+        self._rotate = model.layers[0].self_attn.rotation(embedded.shape[1], None)
         self._states = [embedded]  # the input of each layer, and the last one's output, under `pattern`
         self.passes = 0
         self._tried: tuple[int, Route] | None = None  # the last move that was tried on `pattern`, and its outcome
@@ -60,7 +61,7 @@ class PatternLoss:
         for index in range(first, len(self.model.layers)):
             layer = self.model.layers[index]
             chosen = route if index == first else Route(int(self.pattern[index]))
-            h = layer(h, self._masks[layer.use_sliding], None, chosen, "planned")
+            h = layer(h, self._masks[layer.use_sliding], None, self._rotate, chosen, "planned")
             mx.eval(h)
             states.append(h)
         total = 0.0

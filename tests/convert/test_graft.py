@@ -190,7 +190,8 @@ def test_received_attention_is_what_softmax_gives(dense, ids, changes):
         mark[:, token] = 1
         attention.v_proj = lambda _, mark=mark: mark
         attention.o_proj = lambda out: out
-        out = attention(layer.input_layernorm(h), visible, None).reshape(2, 20, attention.n_heads, -1)
+        rotate = attention.rotation(20, None)
+        out = attention(layer.input_layernorm(h), visible, None, rotate).reshape(2, 20, attention.n_heads, -1)
         np.testing.assert_allclose(found[:, token], np.array(out[..., 0].mean(-1).sum(-1)), rtol=1e-4)
     assert heads == changes.get("num_key_value_heads", 2)
 

@@ -1,0 +1,74 @@
+"""Which strategy ``auto`` takes for a layer, and why one that was asked for cannot be had."""
+
+import mlx.core as mx
+
+from duo_mlx import masked
+from duo_mlx.errors import DuoError
+from duo_mlx.ffns import FFNs, nbytes
+from duo_mlx.kernels import fused, launch, selfcheck, verdicts
+
+FEW = fused.ROWS  # tokens of a pass that decodes; more is a prefill
+
+# By who knows a layer's routes, on how many tokens, on which device: the first that is usable. On a GPU with the
+# doctor's figures, those for routes on the device are tried in the order of their estimated times instead.
+PREFERENCES = {
+    ("host", "one", "cpu"): ("sorted",),
+    ("host", "one", "gpu"): ("sorted",),
+    ("host", "few", "cpu"): ("sorted",),
+    ("host", "few", "gpu"): ("fused", "sorted"),
+    ("host", "many", "cpu"): ("sorted",),
+    ("host", "many", "gpu"): ("sorted",),
+    ("device", "one", "cpu"): ("sync",),
+    ("device", "one", "gpu"): ("fused", "masked", "sync"),
+    ("device", "few", "cpu"): ("sorted",),
+    ("device", "few", "gpu"): ("fused", "masked", "sorted"),
+    ("device", "many", "cpu"): ("sorted",),
+    ("device", "many", "gpu"): ("sorted",),
+}
+
+
+def choose(ffns: FFNs, rows: int, dtype: mx.Dtype, known_by: str) -> str:
+    """The strategy for a layer's FFNs on ``rows`` tokens whose routes differ or are known by the ``device`` only."""
+    tokens = "one" if rows == 1 else "few" if rows <= FEW else "many"
+    on = "cpu" if launch.unavailable() else "gpu"
+    candidates = PREFERENCES[known_by, tokens, on]
+    if len(candidates) == 1:
+        return candidates[0]
+    usable = [name for name in candidates if refusal(name, ffns, rows, dtype) is None]
+    figures = verdicts.figures()
+    if known_by == "device" and figures:
+        usable.sort(key=lambda name: _seconds(name, ffns, rows, dtype, figures))
+    return usable[0]
+
+
+def refusal(strategy: str, ffns: FFNs, rows: int, dtype: mx.Dtype) -> str | None:
+    """Why ``strategy`` cannot decode ``rows`` tokens with these FFNs on this machine; None if it can.
+
+    What runs only on a GPU must have passed its self-check there, which is made now if it was never made.
+    """
+    if strategy not in ("masked", "fused"):
+        return None
+    no_gpu = launch.unavailable()
+    refused = {
+        "fused": lambda: no_gpu or fused.refusal(ffns, rows, dtype),
+        "masked": lambda: masked.refusal(ffns, dtype),
+    }
+    reason = refused[strategy]()
+    if reason or no_gpu:
+        return reason
+    verdict = selfcheck.verdict(strategy, ffns, rows, dtype)
+    return None if verdict.passed else f"its self-check failed on this machine: {verdict.reason}"
+
+
+def require(strategy: str, ffns: FFNs, rows: int, dtype: mx.Dtype) -> None:
+    """Raise `DuoError` where ``strategy`` cannot decode ``rows`` tokens here."""
+    if reason := refusal(strategy, ffns, rows, dtype):
+        raise DuoError(f"strategy {strategy!r} cannot run here: {reason}; use auto, sync, sorted or dense")
+
+
+def _seconds(strategy: str, ffns: FFNs, rows: int, dtype: mx.Dtype, figures: verdicts.Figures) -> float:
+    """Estimated time of big under a strategy: the read of its weights, and the wait for the route if there is one."""
+    read = nbytes(ffns.big) / figures.bandwidth_bytes_s
+    if strategy in ("sync", "sorted"):
+        return read + figures.read_back_s
+    return read * (selfcheck.verdict(strategy, ffns, rows, dtype).slowdown or 1.0)

@@ -1,0 +1,308 @@
+"""The fused kernels as a layer calls them: which FFNs they take, and the launches for one layer.
+
+A layer is three dispatches: `decide` (norm, router, argmax) and two for `ffn` (gate, up and SwiGLU; then down). Where a
+row skips, no weight is read; where rows of a batch share a module, its weights are read once for all of them.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from duo_mlx.errors import DuoError
+from duo_mlx.ffns import FFN, FFNs
+from duo_mlx.kernels import launch
+from duo_mlx.kernels.launch import Launch
+
+ROWS = 8  # tokens of one launch at most
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+BITS = (4, 8)
+GROUPS = (32, 64, 128)
+CHOICES = 3  # a router names a route at most once
+LANES = 32  # of a simdgroup
+SIMDGROUPS = 2  # of a threadgroup that multiplies, as in common.metal
+MOST_SIMDGROUPS = 16  # of a threadgroup that normalises: half of what Metal allows, to leave registers
+# By the number of rows rounded up: the columns of one simdgroup. Each row has a sum for each of them in registers.
+COLUMNS = {1: 4, 2: 4, 4: 4, 8: 2}
+
+
+class Format(NamedTuple):
+    """How a linear map is stored: ``bits`` 0 is plain floats."""
+
+    bits: int
+    group: int
+    bias: bool
+
+    def __str__(self) -> str:
+        return (f"q{self.bits}g{self.group}" if self.bits else "float") + ("+bias" if self.bias else "")
+
+
+class Module(NamedTuple):
+    """The formats and sizes of one SwiGLU module; gate and up share a format."""
+
+    up: Format
+    down: Format
+    width: int
+    hidden: int
+
+
+def refusal(ffns: FFNs, rows: int, dtype: mx.Dtype) -> str | None:
+    """Why the kernels cannot run these FFNs on ``rows`` tokens of ``dtype``, in one line; None if they can."""
+    try:
+        _modules(ffns, rows, dtype)
+    except DuoError as error:
+        return str(error)
+    return None
+
+
+def router_refusal(hidden: int, choices: int, rows: int, dtype: mx.Dtype) -> str | None:
+    """Why `decide` cannot take such input, in one line; None if it can."""
+    try:
+        _check(rows, dtype)
+    except DuoError as error:
+        return str(error)
+    if not 1 <= choices <= CHOICES:
+        return f"the kernel chooses among 1 to {CHOICES} routes, not {choices}"
+    return None if hidden > 0 else "a hidden state has at least one value"
+
+
+def signature(ffns: FFNs, rows: int, dtype: mx.Dtype) -> str:
+    """The variant of the kernels that these FFNs take, in a short stable form.
+
+    Raises:
+        DuoError: they are refused.
+    """
+    big, small = _modules(ffns, rows, dtype)
+    second = "small is big" if ffns.small is ffns.big else f"small {small.up}/{small.down}"
+    return f"{_name(dtype)} rows{_bucket(rows)} big {big.up}/{big.down} {second}"
+
+
+def ffn(ffns: FFNs, x: mx.array, route: mx.array, residual: mx.array) -> mx.array:
+    """``residual`` plus the output of the FFNs that ``route [batch, tokens]`` names.
+
+    Args:
+        ffns: the layer's two modules.
+        x: their normalised input, ``[batch, tokens, hidden]``.
+        route: 0 skip, 1 small, 2 big, of any integer type.
+        residual: like ``x``, and so is what is returned.
+
+    Raises:
+        DuoError: the FFNs or the input are refused; nothing was launched.
+    """
+    big, small = _modules(ffns, x.shape[0] * x.shape[1], x.dtype)
+    if x.shape[2] != big.hidden or residual.shape != x.shape or route.shape != x.shape[:2]:
+        raise DuoError(
+            f"x {x.shape}, residual {residual.shape} and route {route.shape} are not for {big.hidden} values"
+        )
+    if residual.dtype != x.dtype:
+        raise DuoError(f"x is {_name(x.dtype)} and residual {_name(residual.dtype)}")
+    route = route.astype(mx.uint32)
+    (inner,) = launch.execute(up(ffns, big, small, x, route))
+    (out,) = launch.execute(down(ffns, big, small, inner, route, residual))
+    return out
+
+
+def decide(
+    h: mx.array, norm: nn.RMSNorm, weight: mx.array, offsets: mx.array, choices: tuple[int, ...]
+) -> tuple[mx.array, mx.array]:
+    """``norm(h)`` and the routes ``[batch, tokens]``: of ``choices`` the one with the largest logit.
+
+    Args:
+        h: ``[batch, tokens, hidden]``.
+        norm: of ``hidden`` values.
+        weight: the router's, ``[choices, hidden]``.
+        offsets: added to the logits, ``[choices]``.
+        choices: the route of each row of ``weight``.
+
+    Raises:
+        DuoError: the input is refused; nothing was launched.
+    """
+    batch, tokens, hidden = h.shape
+    if reason := router_refusal(hidden, len(choices), batch * tokens, h.dtype):
+        raise DuoError(reason)
+    shapes = norm["weight"].shape, weight.shape, offsets.shape
+    if shapes != ((hidden,), (len(choices), hidden), (len(choices),)):
+        raise DuoError(f"norm, router and offsets are {shapes}, not for {hidden} values and {len(choices)} routes")
+    normed, route = launch.execute(router(h, norm, weight, offsets, choices))
+    return normed, route
+
+
+def sources(ffns: FFNs, rows: int, dtype: mx.Dtype) -> dict[str, str]:
+    """The complete Metal source of the kernels for these FFNs, by name; needs no GPU.
+
+    Raises:
+        DuoError: the FFNs are refused.
+    """
+    big, small = _modules(ffns, rows, dtype)
+    x, inner = (mx.zeros((1, rows, width), dtype) for width in (big.hidden, big.width))
+    route = mx.zeros((1, rows), mx.uint32)
+    launches = up(ffns, big, small, x, route), down(ffns, big, small, inner, route, residual=x)
+    return {each.kernel: launch.source(each) for each in launches}
+
+
+def router(h: mx.array, norm: nn.RMSNorm, weight: mx.array, offsets: mx.array, choices: tuple[int, ...]) -> Launch:
+    """The launch of route.metal: one threadgroup a row."""
+    batch, tokens, hidden = h.shape
+    groups = min(-(-hidden // (4 * LANES)), MOST_SIMDGROUPS)  # four values a lane, or more
+    return Launch(
+        kernel="route",
+        inputs=(
+            ("h", h),
+            ("norm", norm["weight"]),
+            ("eps", _constant((norm.eps,), mx.float32)),
+            ("weight", weight),
+            ("offsets", offsets.astype(mx.float32)),
+            ("choices", _constant(choices, mx.uint32)),
+        ),
+        template=(("T", h.dtype), ("GROUPS", groups), ("CHOICES", len(choices))),
+        grid=(batch * tokens * groups * LANES, 1, 1),
+        threadgroup=(groups * LANES, 1, 1),
+        outputs=(("normed", h.shape, h.dtype), ("route", (batch, tokens), mx.uint32)),
+    )
+
+
+def up(ffns: FFNs, big: Module, small: Module, x: mx.array, route: mx.array) -> Launch:
+    """The launch of up.metal; its grid is for big, since only the device knows the routes."""
+    rows = x.shape[0] * x.shape[1]
+    return Launch(
+        kernel="up",
+        inputs=(
+            ("x", x),
+            ("route", route),
+            *_weights("big_gate", ffns.big.gate_proj, x.dtype),
+            *_weights("big_up", ffns.big.up_proj, x.dtype),
+            *_weights("small_gate", ffns.small.gate_proj, x.dtype),
+            *_weights("small_up", ffns.small.up_proj, x.dtype),
+        ),
+        template=_template(ffns, big.up, small.up, rows, x.dtype),
+        **_threads(big.width, rows),
+        outputs=(("inner", (*x.shape[:2], big.width), x.dtype),),
+    )
+
+
+def down(ffns: FFNs, big: Module, small: Module, inner: mx.array, route: mx.array, residual: mx.array) -> Launch:
+    """The launch of down.metal."""
+    rows = inner.shape[0] * inner.shape[1]
+    return Launch(
+        kernel="down",
+        inputs=(
+            ("inner", inner),
+            ("route", route),
+            ("residual", residual),
+            *_weights("big_down", ffns.big.down_proj, inner.dtype),
+            *_weights("small_down", ffns.small.down_proj, inner.dtype),
+        ),
+        template=_template(ffns, big.down, small.down, rows, inner.dtype),
+        **_threads(big.hidden, rows),
+        outputs=(("out", residual.shape, inner.dtype),),
+    )
+
+
+def _bucket(rows: int) -> int:
+    """The number of rows that a kernel is compiled for."""
+    return 1 << (rows - 1).bit_length()
+
+
+def _threads(outputs: int, rows: int) -> dict[str, tuple[int, int, int]]:
+    threads = SIMDGROUPS * LANES
+    groups = -(-outputs // (SIMDGROUPS * COLUMNS[_bucket(rows)]))
+    return {"grid": (groups * threads, 1, 1), "threadgroup": (threads, 1, 1)}
+
+
+def _template(
+    ffns: FFNs, big: Format, small: Format, rows: int, dtype: mx.Dtype
+) -> tuple[tuple[str, mx.Dtype | int | bool], ...]:
+    bucket = _bucket(rows)
+    return (
+        ("T", dtype),
+        ("ROWS", bucket),
+        ("COLUMNS", COLUMNS[bucket]),
+        ("SHARED", ffns.small is ffns.big),
+        ("BIG_BITS", big.bits),
+        ("BIG_GROUP", big.group),
+        ("BIG_BIAS", big.bias),
+        ("SMALL_BITS", small.bits),
+        ("SMALL_GROUP", small.group),
+        ("SMALL_BIAS", small.bias),
+    )
+
+
+def _weights(name: str, linear: nn.Module, dtype: mx.Dtype) -> tuple[tuple[str, mx.array], ...]:
+    """A linear map's arrays under the names of the kernels; what its format lacks is one value that nobody reads."""
+    nothing = _constant((0,), dtype)
+    return (
+        (name, linear["weight"]),
+        (f"{name}_scales", linear.get("scales", nothing)),
+        (f"{name}_biases", linear.get("biases", nothing)),
+        (f"{name}_bias", linear.get("bias", nothing)),
+    )
+
+
+@cache
+def _constant(values: tuple[float, ...], dtype: mx.Dtype) -> mx.array:
+    return mx.array(values, dtype)
+
+
+def _modules(ffns: FFNs, rows: int, dtype: mx.Dtype) -> tuple[Module, Module]:
+    """Formats and sizes of big and small, or `DuoError` with the reason why the kernels cannot run them."""
+    _check(rows, dtype)
+    big = _module("big", ffns.big, dtype)
+    small = big if ffns.small is ffns.big else _module("small", ffns.small, dtype)
+    if small.hidden != big.hidden:
+        raise DuoError(f"small is for {small.hidden} hidden values and big for {big.hidden}")
+    if small.width > big.width:
+        raise DuoError(f"small is {small.width} wide and big only {big.width}; the kernels are launched for big")
+    return big, small
+
+
+def _check(rows: int, dtype: mx.Dtype) -> None:
+    if dtype not in DTYPES:
+        raise DuoError(f"the kernels take {', '.join(map(_name, DTYPES))}, not {_name(dtype)}")
+    if not 1 <= rows <= ROWS:
+        raise DuoError(f"the kernels take 1 to {ROWS} tokens, not {rows}")
+
+
+def _module(name: str, ffn: FFN, dtype: mx.Dtype) -> Module:
+    gate, width, hidden = _linear(f"{name}.gate_proj", ffn.gate_proj, dtype)
+    up, *up_shape = _linear(f"{name}.up_proj", ffn.up_proj, dtype)
+    down, *down_shape = _linear(f"{name}.down_proj", ffn.down_proj, dtype)
+    if gate != up:
+        raise DuoError(f"{name}.gate_proj and {name}.up_proj are stored differently ({gate}, {up})")
+    if up_shape != [width, hidden] or down_shape != [hidden, width]:
+        raise DuoError(f"the shapes of {name}'s projections do not fit together")
+    return Module(up, down, width, hidden)
+
+
+def _linear(name: str, linear: nn.Module, dtype: mx.Dtype) -> tuple[Format, int, int]:
+    """Format, outputs and inputs of a linear map."""
+    if type(linear) not in (nn.Linear, nn.QuantizedLinear):
+        raise DuoError(f"{name} is of type {type(linear).__name__}; the kernels take Linear and QuantizedLinear")
+    weight, bias = linear["weight"], linear.get("bias")
+    outputs, inputs = weight.shape
+    form = Format(0, 0, bias is not None)
+    floats = [weight]
+    if type(linear) is nn.QuantizedLinear:
+        form = _quantised(name, linear, bias is not None)
+        inputs = inputs * 32 // form.bits
+        floats = [linear["scales"], linear["biases"]]
+        if any(part.shape != (outputs, inputs // form.group) for part in floats):
+            raise DuoError(f"{name}'s scales and biases are not one for each group of {form.group} weights")
+    for part in floats if bias is None else [*floats, bias]:
+        if part.dtype != dtype:
+            raise DuoError(f"{name} is stored in {_name(part.dtype)} and the activations are {_name(dtype)}")
+    return form, outputs, inputs
+
+
+def _quantised(name: str, linear: nn.QuantizedLinear, bias: bool) -> Format:
+    if linear.mode != "affine":
+        raise DuoError(f"{name} is quantised in mode {linear.mode!r}; the kernels take 'affine'")
+    if linear.bits not in BITS:
+        raise DuoError(f"{name} has {linear.bits}-bit weights; the kernels take {BITS[0]} and {BITS[1]} bits")
+    if linear.group_size not in GROUPS:
+        raise DuoError(f"{name} has groups of {linear.group_size}; the kernels take {', '.join(map(str, GROUPS))}")
+    return Format(linear.bits, linear.group_size, bias)
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")

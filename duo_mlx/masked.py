@@ -1,0 +1,52 @@
+"""Strategy ``masked``: matrix products whose mask is the route, for FFNs of plain floats.
+
+On Metal a product whose block is masked out returns before it reads the weights (MLX's ``gemv_masked.h``), so a route
+on the device decides what is read without the host. On the CPU the numbers are the same and nothing is saved.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.activations import swiglu
+
+from duo_mlx.ffns import FFN, FFNs
+from duo_mlx.routes import Route
+
+BLOCK = 64  # of MLX's product; a row of tokens has a mask of its own, so one block spans every output
+
+
+def refusal(ffns: FFNs, dtype: mx.Dtype) -> str | None:
+    """Why these FFNs cannot run under ``masked`` on the default device; None if they can."""
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    allowed = (mx.float32,) if on_cpu else (mx.float32, mx.float16, mx.bfloat16)
+    if dtype not in allowed:
+        names = ", ".join(str(known).removeprefix("mlx.core.") for known in allowed)
+        return f"MLX's masked product takes {names} here, not {str(dtype).removeprefix('mlx.core.')}"
+    for module in (ffns.big, ffns.small):
+        for linear in (module.gate_proj, module.up_proj, module.down_proj):
+            if not isinstance(linear, nn.Linear):
+                return "MLX's masked product takes plain floats, and these weights are quantised"
+            if linear.weight.dtype != dtype:
+                return "weights and activations have different dtypes"
+    return None
+
+
+def run(ffns: FFNs, x: mx.array, route: mx.array) -> mx.array:
+    """The FFNs' output ``[batch, tokens, hidden]`` by the routes ``[batch, tokens]``; zeros where a token skips."""
+    rows, mask = x.reshape(-1, 1, x.shape[-1]), route.reshape(-1, 1, 1)
+    if ffns.small is ffns.big:
+        return _module(ffns.big, rows, mask != Route.SKIP).reshape(x.shape)
+    out = _module(ffns.big, rows, mask == Route.BIG) + _module(ffns.small, rows, mask == Route.SMALL)
+    return out.reshape(x.shape)
+
+
+def _module(ffn: FFN, rows: mx.array, mask: mx.array) -> mx.array:
+    inner = swiglu(_product(ffn.gate_proj, rows, mask), _product(ffn.up_proj, rows, mask))
+    return _product(ffn.down_proj, inner, mask)
+
+
+def _product(linear: nn.Module, rows: mx.array, mask: mx.array) -> mx.array:
+    # transposed: the kernel for that layout is the one that takes a broadcast mask
+    out = mx.block_masked_mm(rows, linear.weight.T, BLOCK, mask_out=mask)
+    if "bias" in linear:
+        out = out + mx.where(mask, linear.bias, mx.zeros((), out.dtype))
+    return out

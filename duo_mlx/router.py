@@ -1,0 +1,85 @@
+"""Routers: routes that a pass decides for itself, layer by layer, from its hidden states.
+
+A router is handed to a pass in place of routes. Each layer asks it once, and what it says stays on the device until a
+strategy reads it. The learned one is Duo-LLM's (arXiv 2410.10846, stage 3): one linear map a layer, whose largest logit
+names the route.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from duo_mlx.kernels import fused
+
+
+class Router(ABC):
+    """Decides the routes of one layer at a time; subclass it and write `routes`."""
+
+    @abstractmethod
+    def routes(self, layer: int, x: mx.array) -> mx.array:
+        """Integer routes ``[batch, tokens]`` of one layer from its normalised input ``x [batch, tokens, hidden]``.
+
+        That is the input of the layer's FFN, or of its attention where skipping bypasses attention, too.
+        """
+
+    def decide(
+        self,
+        layer: int,
+        h: mx.array,
+        norm: nn.RMSNorm,
+        in_one_kernel: bool = False,  # noqa: ARG002
+    ) -> tuple[mx.array, mx.array]:
+        """``norm(h)`` and the routes that `routes` finds from it; a kernel may do both where that is allowed."""
+        x = norm(h)
+        return x, self.routes(layer, x)
+
+
+class LinearRouter(Router):
+    """The route with the largest logit of one linear map a layer.
+
+    Args:
+        weights: ``[choices, hidden]`` a layer.
+        choices: the routes that the rows of the weights stand for.
+        offsets: added to the logits, ``[choices]``; what moves the threshold between routes.
+    """
+
+    def __init__(self, weights: Sequence[mx.array], choices: Sequence[int], offsets: mx.array | None = None):
+        self.weights = list(weights)
+        self.choices = tuple(int(choice) for choice in choices)
+        self.offsets = mx.zeros(len(self.choices)) if offsets is None else offsets.astype(mx.float32)
+        self._choices = mx.array(self.choices, mx.uint32)
+
+    def routes(self, layer: int, x: mx.array) -> mx.array:
+        logits = (x @ self.weights[layer].T).astype(mx.float32) + self.offsets
+        return self._choices[mx.argmax(logits, axis=-1)]
+
+    def decide(
+        self, layer: int, h: mx.array, norm: nn.RMSNorm, in_one_kernel: bool = False
+    ) -> tuple[mx.array, mx.array]:
+        weight = self.weights[layer]
+        rows = h.shape[0] * h.shape[1]
+        if in_one_kernel and fused.router_refusal(h.shape[-1], len(self.choices), rows, h.dtype) is None:
+            return fused.decide(h, norm, weight, self.offsets, self.choices)
+        return super().decide(layer, h, norm)
+
+
+class Recorder(Router):
+    """Another router, whose routes of the last pass are kept, ``taken``: ``[batch, tokens]`` a layer."""
+
+    def __init__(self, router: Router):
+        self.router = router
+        self.taken: list[mx.array] = []
+
+    def routes(self, layer: int, x: mx.array) -> mx.array:
+        return self.router.routes(layer, x)
+
+    def decide(
+        self, layer: int, h: mx.array, norm: nn.RMSNorm, in_one_kernel: bool = False
+    ) -> tuple[mx.array, mx.array]:
+        x, route = self.router.decide(layer, h, norm, in_one_kernel)
+        if layer == 0:
+            self.taken = []
+        self.taken.append(route)
+        return x, route
