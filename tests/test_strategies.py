@@ -130,6 +130,57 @@ def test_half_precision_stays_half(tiny_config, strategy):
         assert logits.dtype == mx.float16 and mx.isfinite(logits).all().item()
 
 
+def fits(name, module):
+    return ".mlp." in name and isinstance(module, nn.Linear) and module.weight.shape[1] % 32 == 0
+
+
+@pytest.fixture(scope="module")
+def quantised(tiny_config):
+    """``quantised(bits)``: a model whose FFNs are quantised, small's down projection too narrow for it."""
+    made = {}
+
+    def make(bits):
+        if bits not in made:
+            sizes = {"hidden_size": 64, "intermediate_size": 96, "small_intermediate_size": 24}
+            model = Model(ModelArgs.from_dict(tiny_config(**sizes)))
+            weights = {name: value * 3 if "mlp" in name else value for name, value in tree_flatten(model.parameters())}
+            model.load_weights(list(weights.items()))
+            nn.quantize(model, 32, bits, class_predicate=fits)
+            assert isinstance(model.layers[0].mlp.small.up_proj, nn.QuantizedLinear)
+            assert isinstance(model.layers[0].mlp.small.down_proj, nn.Linear)
+            made[bits] = model
+        return made[bits]
+
+    return make
+
+
+@pytest.mark.parametrize(("bits", "batch"), [(4, 3), (8, 1)])
+@pytest.mark.parametrize("known_by", ["host", "device"])
+@pytest.mark.parametrize("kind", ROUTES)
+@pytest.mark.parametrize("strategy", [name for name in conditional.STRATEGIES if name != "masked"])
+def test_quantised_models(quantised, in_passes, strategy, kind, known_by, batch, bits):
+    model, tokens, routes = quantised(bits), tokens_of(batch), routes_of(kind, batch)
+    found = in_passes(model, tokens, routes, PASSES["prefill and decode"], known_by, strategy=strategy)
+    expected = np.array(model(mx.array(tokens), routes=routes, strategy="dense"))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_masked_refuses_a_quantised_model_with_a_reason(quantised):
+    with pytest.raises(DuoError, match="'masked' cannot run here: .* these weights are quantised; use auto"):
+        quantised(4)(mx.array([[1]]), routes=mx.array(routes_of("mixed", 1)), strategy="masked")
+
+
+@pytest.mark.parametrize("strategy", ["dense", "masked", "planned", "sorted"])
+def test_a_pass_that_reads_no_route_can_be_compiled(tiny_model, strategy):
+    model, tokens = tiny_model(), mx.array(tokens_of(3)[:, :1])
+    routes = routes_of("random per token", 3)[:, :1]
+    if strategy in ("dense", "masked"):
+        routes = mx.array(routes)
+    compiled = mx.compile(lambda tokens: model(tokens, routes=routes, strategy=strategy))
+    expected = model(tokens, routes=routes, strategy="dense")
+    np.testing.assert_allclose(np.array(compiled(tokens)), np.array(expected), rtol=0, atol=TOLERANCE)
+
+
 # --- what a skipped layer leaves behind --------------------------------------------------------------------------
 
 
