@@ -144,11 +144,15 @@ def keep_unless_skipped(values: mx.array, route: LayerRoutes) -> mx.array:
     """``values [batch, tokens, hidden]`` with zeros at the tokens that skip the layer."""
     if isinstance(route, Route):
         return mx.zeros_like(values) if route is Route.SKIP else values
-    return mx.where(mx.array(route)[..., None] == Route.SKIP, mx.zeros((), values.dtype), values)
+    return mx.where(_on_device(route)[..., None] == Route.SKIP, mx.zeros((), values.dtype), values)
+
+
+def _on_device(route: Routes | mx.array) -> mx.array:
+    return route if isinstance(route, mx.array) else mx.array(route)
 
 
 def _dense(ffns: FFNs, x: mx.array, route: LayerRoutes, residual: mx.array) -> mx.array:
-    column = mx.array(int(route)) if isinstance(route, Route) else mx.array(route)[..., None]
+    column = mx.array(int(route)) if isinstance(route, Route) else _on_device(route)[..., None]
     nothing = mx.zeros((), x.dtype)
     small_or_nothing = mx.where(column == Route.SMALL, ffns.small(x), nothing)
     return residual + mx.where(column == Route.BIG, ffns.big(x), small_or_nothing)
@@ -190,11 +194,11 @@ def _grouping(route: Routes | mx.array) -> tuple[mx.array, mx.array, int, int]:
 
 
 def _masked(ffns: FFNs, x: mx.array, route: Routes | mx.array, residual: mx.array) -> mx.array:
-    return residual + masked.run(ffns, x, mx.array(route))
+    return residual + masked.run(ffns, x, _on_device(route))
 
 
 def _fused(ffns: FFNs, x: mx.array, route: Routes | mx.array, residual: mx.array) -> mx.array:
-    return fused.ffn(ffns, x, mx.array(route), residual)
+    return fused.ffn(ffns, x, _on_device(route), residual)
 
 
 def _module(ffns: FFNs, route: Route) -> Callable[[mx.array], mx.array]:

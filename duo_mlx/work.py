@@ -138,9 +138,9 @@ def dispatches(model: Model, strategy: str) -> RouteTable:
 
 
 def _layer(layer: Layer, strategy: str) -> tuple[int, int, int]:
-    """Kernels of one layer under skip, small and big; what each line adds up is named by its variables, 1 each."""
+    """Kernels of one layer under skip, small and big: sums of what is named here, of which each is one kernel."""
     attn, ffns = layer.self_attn, layer.mlp
-    norm = add = rope = write = attend = compare = select = fill = gather = argmax = sort = copy = 1
+    norm = add = rope = write = attend = compare = select = fill = gather = argmax = sort = 1
     remember = norm + _linear(attn.k_proj) + _linear(attn.v_proj) + rope + 2 * write
     attention = remember + _linear(attn.q_proj) + rope + attend + _linear(attn.o_proj) + add
     small, big = _module(ffns.small), _module(ffns.big)
@@ -153,9 +153,9 @@ def _layer(layer: Layer, strategy: str) -> tuple[int, int, int]:
         skipped = remember + router if layer.skips_attention else attention + norm + router
         return skipped, attention + norm + router + small + add, attention + norm + router + big + add
     if layer.skips_attention:  # attention has run before anybody knows; what it gave a token that skips is dropped
-        attention += copy + compare + select + fill
+        attention += compare + select + fill
     if strategy == "fused":
-        return (attention + 3 + copy,) * 3  # norm and router; gate, up and SwiGLU; down and add
+        return (attention + 3,) * 3  # norm and router; gate, up and SwiGLU; down and add
     before = attention + norm + router
     if strategy == "sorted":
         group = sort + 2 * (compare + add) + 2 * write + sort  # counts of skip and small, written to one array
@@ -166,8 +166,8 @@ def _layer(layer: Layer, strategy: str) -> tuple[int, int, int]:
         # a masked bias is zeros, a choice and an addition where the module's own was a part of the product
         masked_small, masked_big = (compare + _module(ffn) + 3 * _biases(ffn) for ffn in (ffns.small, ffns.big))
         both = masked_big if ffns.small is ffns.big else masked_small + masked_big + add
-        return (before + copy + both + add,) * 3
-    return (before + copy + small + big + 2 * (compare + select) + fill + add,) * 3  # dense
+        return (before + both + add,) * 3
+    return (before + small + big + 2 * (compare + select) + fill + add,) * 3  # dense
 
 
 def _module(ffn: FFN) -> int:

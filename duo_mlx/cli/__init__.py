@@ -16,6 +16,8 @@ from duo_mlx import __version__
 from duo_mlx.errors import DuoError
 
 COMMANDS = {
+    "bench project": "Project what routing should bring on Apple chips, by strategy, size and quantisation",
+    "bench doctor": "Check this machine: versions, meters, kernels and speed, and what --strategy auto does here",
     "convert": "Turn a checkpoint into a model directory, or a model directory into a PyTorch checkpoint",
     "convert inspect": "Say what a checkpoint is and what can be made of it, without loading it",
     "generate": "Generate text after PROMPT, or after standard input where PROMPT is - or left out",

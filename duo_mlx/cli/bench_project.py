@@ -1,0 +1,166 @@
+"""``duo-mlx bench project``: what routing should bring on Apple chips."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from duo_mlx.model import Model
+    from duo_mlx.projection import Machine
+    from duo_mlx.work import Work
+
+# equal to duo_mlx.work.STRATEGIES, which needs mlx
+STRATEGIES = ("planned", "fused", "masked", "sync", "sorted", "dense")
+CONTEXT = 512
+SHOWN = STRATEGIES[:4]  # where nobody asks for others: sorted and dense are not for decoding a single token
+Works = dict[str, dict[str, "Work"]]
+
+
+@click.command()
+@click.option("--model", "path", metavar="DIR|HUB_ID", help="Model in place of the embedded one and the known shapes.")
+@click.option("--bits", type=click.Choice(["4", "8", "16", "32"]), help="Of the weights.  [default: as stored]")
+@click.option("--chip", "chips", multiple=True, metavar="NAME", help="Such as M4, m4max or 'M4 Max 546'; repeatable.")
+@click.option("--route", "route", metavar="SPEC", help="Compare this route with all big, see duo-mlx generate --help.")
+@click.option("--strategy", "strategies", multiple=True, type=click.Choice(STRATEGIES), help="May be repeated.")
+@click.option("--context", type=click.IntRange(min=1), help="Positions attended to.  [default: 512, or all there are]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def command(
+    path: str | None,
+    bits: str | None,
+    chips: tuple[str, ...],
+    route: str | None,
+    strategies: tuple[str, ...],
+    context: int | None,
+    as_json: bool,
+) -> None:
+    """Project what routing should bring on Apple chips, by strategy, size and quantisation.
+
+    No measurement: nothing is run, and no weight is read. For a model: the bytes, kernels and waits of a token and the
+    time that these should take, by strategy and mix of routes. For known shapes: from which size on skipping pays.
+    Where `duo-mlx bench doctor` has measured this machine, its figures take the place of the reported ones.
+
+    \b
+    Examples:
+      duo-mlx bench project
+      duo-mlx bench project --model models/duo --bits 4 --chip "M4 Max"
+      duo-mlx bench project --route BBBBBBssssss --strategy planned --json
+    """
+    from duo_mlx.cli.projection_tables import lines
+    from duo_mlx.projection import ASSUMPTIONS, MIXES, SHAPES, machines
+    from duo_mlx.work import imagined, usable, works
+
+    on = machines(chips)
+    model, name = _model(path, bits)
+    context = _context(model, context)
+    mixes = MIXES if route is None else {"big": MIXES["big"], route: _mix(model, route)}
+    found = works(model, mixes, context, strategies or [each for each in SHOWN if each in usable(model)])
+    result: dict[str, Any] = {
+        "projection": ASSUMPTIONS,
+        "model": {"name": name, "context": context} | _of_model(model, found, on),
+    }
+    if path is None:
+        formats = [int(bits)] if bits else [4, 16]
+        made = [(shape, each, imagined(args, each)) for shape, args in SHAPES.items() for each in formats]
+        result["shapes"] = [_of_shape(*each, context, on) for each in made]
+    if as_json:
+        import json
+
+        click.echo(json.dumps(result))
+    else:
+        click.echo("\n".join(lines(result)))
+
+
+def _model(path: str | None, bits: str | None) -> "tuple[Model, str]":
+    """The model, of which no weight is read, and what to call it."""
+    from duo_mlx.arguments import ModelArgs
+    from duo_mlx.checkpoint import read_config, read_model, resolve
+    from duo_mlx.work import imagined, with_routers
+
+    directory = resolve(path)
+    name = path or "the embedded model"
+    if bits is None:
+        return with_routers(read_model(directory)), f"{name}, weights as stored"
+    return imagined(ModelArgs.from_dict(read_config(directory)), int(bits)), f"{name}, {bits} bits"
+
+
+def _context(model: "Model", asked: int | None) -> int:
+    limit = model.args.max_position_embeddings or CONTEXT
+    if asked is None:
+        return min(CONTEXT, limit)
+    if model.args.max_position_embeddings and asked > limit:
+        raise click.UsageError(f"--context {asked}: the model's context is {limit}")
+    return asked
+
+
+def _mix(model: "Model", spec: str) -> "np.ndarray":
+    """The shares of skip, small and big ``[layers, 3]`` that a route SPEC comes to."""
+    import numpy as np
+
+    from duo_mlx.budget import PREFIX, best_pattern
+    from duo_mlx.policies import FixedPolicy, RandomPolicy, ReplayPolicy, parse_route
+    from duo_mlx.work import shares
+
+    layers = model.args.num_hidden_layers
+    if spec == "router":
+        raise click.UsageError("--route router: its mix is not known before it has run; give random:BIG,SMALL,SKIP")
+    policy = FixedPolicy(best_pattern(model, spec)) if spec.startswith(PREFIX) else parse_route(spec, layers)
+    if isinstance(policy, RandomPolicy):
+        return np.tile((policy.skip, policy.small, policy.big), (layers, 1))
+    assert isinstance(policy, FixedPolicy | ReplayPolicy)
+    return shares(policy.pattern) if isinstance(policy, FixedPolicy) else shares(policy.recorded).mean(axis=0)
+
+
+def _of_model(model: "Model", works: Works, machines: "list[Machine]") -> dict[str, Any]:
+    from duo_mlx.projection import project, smallest_module
+
+    def on(machine: "Machine", work: "Work", big: "Work") -> dict[str, float]:
+        times = project(work, machine)
+        return times._asdict() | {"speed_up": project(big, machine).typical / times.typical}
+
+    return {
+        "big_bytes_a_layer": _big_bytes(model),
+        "smallest_module_bytes": {machine.name: smallest_module(machine.typical) for machine in machines},
+        "rows": [
+            {"strategy": strategy, "routes": mix}
+            | work._asdict()
+            | {"seconds": {machine.name: on(machine, work, each["big"]) for machine in machines}}
+            for strategy, each in works.items()
+            for mix, work in each.items()
+        ],
+    }
+
+
+def _of_shape(name: str, bits: int, model: "Model", context: int, machines: "list[Machine]") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from duo_mlx.projection import COMPUTE_FLOPS_S, MIXES, READ_BACK_S, outlook, padded_limit, project
+    from duo_mlx.work import usable, works
+
+    found = works(model, MIXES, context, usable(model))
+    big = _big_bytes(model)
+    return {
+        "name": name,
+        "bits": bits,
+        "big_bytes_a_layer": big,
+        "dense_beats_sorted_below_tokens": [
+            padded_limit(model.args, wait, flops)
+            for wait, flops in zip((READ_BACK_S[1], READ_BACK_S[2]), COMPUTE_FLOPS_S, strict=True)
+        ],
+        "on": {
+            machine.name: {"big_seconds": project(found["planned"]["big"], machine)._asdict()}
+            | {
+                mix: asdict(outlook(found, big * len(model.layers), machine.typical, mix))
+                for mix in ("half small", "small")
+            }
+            for machine in machines
+        },
+    }
+
+
+def _big_bytes(model: "Model") -> float:
+    """Bytes of a layer's big FFN, as a mean over the layers."""
+    from duo_mlx.ffns import nbytes
+
+    return sum(nbytes(layer.mlp.big) for layer in model.layers) / len(model.layers)

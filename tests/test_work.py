@@ -1,0 +1,199 @@
+"""What decoding a token takes: kernels against the graphs of real passes, bytes against real arrays."""
+
+import io
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.utils import quantize_model
+
+from duo_mlx import checkpoint, conditional, cost, work
+from duo_mlx.errors import DuoError
+from duo_mlx.kernels import launch, selfcheck, verdicts
+from duo_mlx.model import Model, ModelArgs
+from duo_mlx.routes import Route
+
+# primitives that start no kernel: they view an array, or are the stand-ins' own
+VIEWS = {"Broadcast", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice", "Squeeze", "Transpose", "Unflatten"}
+SHAPE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "small_intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 64,
+    "router_choices": "-sB",
+}
+CASES = {
+    "plain": {},
+    "untied, biases": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "biases of small": {"small_bias": True},
+    "a layer without small": {"small_layers": [0]},
+    "skip_scope layer": {"skip_scope": "layer"},
+}
+
+
+def made(bits=32, **changes):
+    return work.imagined(ModelArgs.from_dict(SHAPE | changes), bits)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Graphs as MLX builds them for a GPU: its fast operations are one primitive each, launches are counted.
+
+    Gives the list of launches.
+    """
+    launches = []
+
+    def execute(launched):
+        launches.append(launched.kernel)
+        outputs = [mx.zeros(shape, dtype) for _, shape, dtype in launched.outputs]
+        mx.eval(outputs)
+        return mx.depends(outputs, [array for _, array in launched.inputs])
+
+    def dequantize(packed, scales, biases, bits, **_):
+        out = mx.zeros((*packed.shape[:-1], packed.shape[-1] * 32 // bits), scales.dtype)
+        mx.eval(out)
+        return mx.abs(mx.depends([out], [packed, scales, biases])[0])
+
+    def attend(queries, keys, values, **_):
+        return mx.depends([mx.abs(queries)], [keys, values])[0]
+
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "dequantize", dequantize)
+    monkeypatch.setattr(mx.fast, "rms_norm", lambda x, *_: mx.abs(x))
+    monkeypatch.setattr(mx.fast, "rope", lambda x, *_, **__: mx.abs(x))
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(launch, "execute", execute)
+    monkeypatch.setattr(selfcheck, "verdict", lambda *_: verdicts.Verdict(True))
+    return launches
+
+
+def kernels(model, strategy, route, launches, monkeypatch):
+    """Kernels of one decoding step, counted in its graph."""
+    mx.eval(model.parameters())
+    dtype = model.model.norm.weight.dtype
+    cache = model.make_cache()
+    for layer in cache:
+        layer.keys, layer.values, layer.offset = mx.zeros((1, 1, 256, 32), dtype), mx.zeros((1, 1, 256, 32), dtype), 5
+        mx.eval(layer.keys, layer.values)
+    read = []
+
+    def answer(array):
+        read.append(array)
+        return (
+            np.full((1, 1), route) if strategy == "sync" else np.array([route == Route.SKIP, route == Route.SMALL], int)
+        )
+
+    monkeypatch.setattr(conditional, "_read", answer)
+    routes = np.full(model.args.num_hidden_layers, route, np.uint8) if strategy == "planned" else model.router()
+    if strategy != "planned":
+        mx.eval(routes.offsets)
+    logits = model(mx.array([[1]]), cache=cache, routes=routes, strategy=strategy)[:, -1]
+    token = mx.argmax(logits - mx.logsumexp(logits, keepdims=True), axis=-1)
+    file = io.StringIO()
+    mx.export_to_dot(file, token, *read)
+    text = file.getvalue()
+    primitives = re.findall(r'(\d+) \[label ="([^"]*)", shape=rectangle\]', text)
+    inputs = re.findall(r'^"\w+" -> (\d+)', text, re.MULTILINE)
+    assert len(read) == (len(model.layers) if strategy in ("sync", "sorted") else 0)
+    # a concatenation copies its inputs one by one
+    return len(launches) + sum(
+        inputs.count(node) if name == "Concatenate" else name not in VIEWS for node, name in primitives
+    )
+
+
+@pytest.mark.parametrize("route", list(Route))
+@pytest.mark.parametrize(
+    ("strategy", "bits"),
+    [(each, bits) for each in work.STRATEGIES for bits in (32, 16, 4) if (each, bits) != ("masked", 4)],
+)
+@pytest.mark.parametrize("case", CASES)
+def test_dispatches_are_those_of_the_graph(case, strategy, bits, route, as_on_a_gpu, monkeypatch):
+    model = made(bits, **CASES[case])
+    routes = np.full(2, route)
+    counted = kernels(model, strategy, route, as_on_a_gpu, monkeypatch)
+    assert work.dispatches(model, strategy).of(routes) == counted
+
+
+def test_a_routed_layer_starts_no_more_kernels_than_llamas():
+    model = made(4)
+    planned, fused = (work.dispatches(model, strategy).of(np.full(2, Route.BIG)) for strategy in ("planned", "fused"))
+    assert fused < planned
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_of_an_imagined_model_are_those_of_arrays(case, bits):
+    args = ModelArgs.from_dict(SHAPE | CASES[case])
+    before = mx.get_active_memory()
+    imagined = work.imagined(args, bits)
+    planned, asked = (work.reads(imagined, strategy, 9) for strategy in ("planned", "sync"))
+    assert mx.get_active_memory() - before < 10_000  # nothing was computed
+    model = Model(args)
+    model.set_dtype(mx.float32 if bits == 32 else mx.bfloat16)
+    if bits < 16:
+        mx.eval(model.parameters())
+        model, _ = quantize_model(model, {}, 64, bits)
+    mx.eval(model.parameters())
+    for found, by_router in ((planned, False), (asked, True)):
+        expected = cost.weight_bytes(model, by_router) + cost.cache_bytes(model, 9)
+        assert found.fixed == expected.fixed
+        np.testing.assert_array_equal(found.by_route, expected.by_route)
+
+
+def test_what_a_group_does_not_divide_stays_in_float():
+    odd, even = (made(4, small_intermediate_size=width).layers[0].mlp.small.down_proj for width in (40, 64))
+    assert odd.weight.dtype == mx.bfloat16 and even.weight.dtype == mx.uint32
+    with pytest.raises(DuoError, match="4 bits: hidden size 48 is no multiple of the group size 64"):
+        made(4, hidden_size=48)
+
+
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+def test_what_strategies_read_that_learn_the_route_late(skip_scope):
+    model = made(skip_scope=skip_scope)
+    sizes = {name: value.nbytes for name, value in checkpoint.parameters(model).items()}
+    late = {strategy: work.reads(model, strategy, 9).by_route for strategy in ("fused", "masked", "sorted", "dense")}
+    asked = work.reads(model, "sync", 9).by_route
+    big, small = (
+        sum(size for name, size in sizes.items() if f"layers.0.mlp.{which}." in name) for which in ("big", "small")
+    )
+    for strategy in ("fused", "masked", "sorted"):
+        np.testing.assert_array_equal(late[strategy][:, Route.SMALL :], asked[:, Route.SMALL :])
+        np.testing.assert_array_equal(late[strategy][:, Route.SKIP], asked[:, Route.BIG] - big)
+    np.testing.assert_array_equal(late["dense"], np.tile(asked[:, [Route.BIG]] + small, 3))
+
+
+def test_works_are_expectations_and_count_waits():
+    model = made()
+    pattern = np.array([Route.BIG, Route.SMALL])
+    mixes = {"pattern": work.shares(pattern), "half": np.array([0, 0.5, 0.5])}
+    found = work.works(model, mixes, 9)
+    assert list(found) == list(work.STRATEGIES)
+    for strategy, each in found.items():
+        assert each["pattern"] == each["half"]  # the layers are alike
+        assert each["pattern"].bytes == work.reads(model, strategy, 9).of(pattern)
+        assert each["pattern"].dispatches == work.dispatches(model, strategy).of(pattern)
+        assert each["pattern"].waits == (2 if strategy in ("sync", "sorted") else 0)
+
+
+def test_a_model_without_routers_gets_them_for_its_projection():
+    plain = Model(ModelArgs.from_dict(SHAPE | {"router_choices": ""}))
+    three_rows = 3 * 64 * 4
+    by_host, asked = (work.reads(work.with_routers(plain), strategy, 9).by_route for strategy in ("planned", "sync"))
+    np.testing.assert_array_equal(asked - by_host, np.full((2, 3), three_rows))
+    chosen = made(router_choices="sB").layers[0].mlp.router.weight
+    assert chosen.shape == (2, 64)  # what a model has is kept
+
+
+def test_masked_takes_no_quantised_model():
+    with pytest.raises(
+        DuoError, match="'masked': MLX's masked product has no quantised form; use planned, fused, sync"
+    ):
+        work.works(made(4), {}, 9, ["masked"])
+    with pytest.raises(DuoError, match="'auto' cannot be projected; there are planned"):
+        work.works(made(4), {}, 9, ["auto"])
