@@ -1,6 +1,10 @@
 """Which strategy ``auto`` takes for a layer, and why one that was asked for cannot be had."""
 
+import weakref
+from typing import NamedTuple
+
 import mlx.core as mx
+import mlx.nn as nn
 
 from duo_mlx import masked
 from duo_mlx.errors import DuoError
@@ -34,11 +38,35 @@ def choose(ffns: FFNs, rows: int, dtype: mx.Dtype, known_by: str) -> str:
     candidates = PREFERENCES[known_by, tokens, on]
     if len(candidates) == 1:
         return candidates[0]
-    usable = [name for name in candidates if refusal(name, ffns, rows, dtype) is None]
-    figures = verdicts.figures()
-    if known_by == "device" and figures:
-        usable.sort(key=lambda name: _seconds(name, ffns, rows, dtype, figures))
-    return usable[0]
+    key, record, gate = (id(ffns), rows, dtype, known_by), verdicts.record(), ffns.big.gate_proj
+    known = _chosen.get(key)
+    if known is None or not known.holds(gate, record):
+        figures = record.figures if known_by == "device" else None  # where the host knows, no wait is saved
+        name = _best(candidates, ffns, rows, dtype, figures)
+        known = _chosen[key] = _Choice(name, weakref.ref(gate), record, record.version)
+    return known.name
+
+
+class _Choice(NamedTuple):
+    """What was chosen, and what it holds for: weights quantised since then, say, are another module."""
+
+    name: str
+    gate: weakref.ref[nn.Module]
+    record: verdicts.Record
+    version: int
+
+    def holds(self, gate: nn.Module, record: verdicts.Record) -> bool:
+        return self.gate() is gate and self.record is record and self.version == record.version
+
+
+_chosen: dict[tuple[int, int, mx.Dtype, str], _Choice] = {}  # every layer asks in every pass
+
+
+def _best(candidates: tuple[str, ...], ffns: FFNs, rows: int, dtype: mx.Dtype, figures: verdicts.Figures | None) -> str:
+    usable = (name for name in candidates if refusal(name, ffns, rows, dtype) is None)
+    if figures is None:
+        return next(usable)
+    return min(usable, key=lambda name: _seconds(name, ffns, rows, dtype, figures))
 
 
 def refusal(strategy: str, ffns: FFNs, rows: int, dtype: mx.Dtype) -> str | None:
@@ -64,6 +92,14 @@ def require(strategy: str, ffns: FFNs, rows: int, dtype: mx.Dtype) -> None:
     """Raise `DuoError` where ``strategy`` cannot decode ``rows`` tokens here."""
     if reason := refusal(strategy, ffns, rows, dtype):
         raise DuoError(f"strategy {strategy!r} cannot run here: {reason}; use auto, sync, sorted or dense")
+
+
+def router_refusal(hidden: int, choices: int, rows: int, dtype: mx.Dtype) -> str | None:
+    """Why the kernel of norm and router cannot decide for ``rows`` tokens on this machine; None if it can."""
+    if reason := launch.unavailable() or fused.router_refusal(hidden, choices, rows, dtype):
+        return reason
+    verdict = selfcheck.router_verdict(hidden, choices, rows, dtype)
+    return None if verdict.passed else f"its self-check failed on this machine: {verdict.reason}"
 
 
 def _seconds(strategy: str, ffns: FFNs, rows: int, dtype: mx.Dtype, figures: verdicts.Figures) -> float:

@@ -101,23 +101,29 @@ def _shared(routes: Routes) -> Route | Routes:
 
 def decide(
     entry: LayerRoutes | Router, layer: int, h: mx.array, norm: nn.RMSNorm, ffns: FFNs, strategy: str
-) -> tuple[mx.array, LayerRoutes]:
-    """``norm(h)`` and a layer's routes as the strategy needs them: a router is asked, ``sync`` reads the answer."""
+) -> tuple[mx.array, LayerRoutes, str]:
+    """``norm(h)``, the layer's routes, and the strategy that carries them out.
+
+    A router is asked for them, and ``sync`` reads what the device knows.
+
+    Raises:
+        DuoError: the strategy cannot run here.
+    """
     if isinstance(entry, Router):
         by = resolve(strategy, ffns, h, "device")
-        x, decided = entry.decide(layer, h, norm, in_one_kernel=by == "fused")
-        route: LayerRoutes = decided
+        x, route = entry.decide(layer, h, norm, in_one_kernel=by == "fused")
+    elif isinstance(entry, mx.array):
+        by, x, route = resolve(strategy, ffns, h, "device"), norm(h), entry
     else:
-        by, x, route = strategy, norm(h), entry
-    if by == "sync" and isinstance(route, mx.array):
-        return x, _shared(_read(route).astype(np.uint8))
-    return x, route
+        one = isinstance(entry, Route) and strategy != "dense"
+        return norm(h), entry, "planned" if one else resolve(strategy, ffns, h, "host")
+    return (x, _shared(_read(route).astype(np.uint8)), by) if by == "sync" else (x, route, by)
 
 
 def resolve(strategy: str, ffns: FFNs, x: mx.array, known_by: str) -> str:
-    """The strategy that runs for tokens ``x [batch, tokens, hidden]`` whose routes differ or only the device knows.
+    """What ``strategy`` comes to for tokens ``x [batch, tokens, hidden]`` whose routes differ or only the device knows.
 
-    ``masked`` and ``fused`` are for decoding: more tokens than a decoding batch has are ``sorted``.
+    ``auto`` chooses. ``masked`` and ``fused`` are for decoding: more tokens than a decoding batch has are ``sorted``.
 
     Raises:
         DuoError: the strategy cannot run here.
@@ -132,11 +138,13 @@ def resolve(strategy: str, ffns: FFNs, x: mx.array, known_by: str) -> str:
     return strategy
 
 
-def run(ffns: FFNs, x: mx.array, route: LayerRoutes, strategy: str, residual: mx.array) -> mx.array:
-    """``residual`` plus the routed FFNs' output for the normalised ``x``, all ``[batch, tokens, hidden]``."""
-    if isinstance(route, Route) and strategy != "dense":
+def run(ffns: FFNs, x: mx.array, route: LayerRoutes, by: str, residual: mx.array) -> mx.array:
+    """``residual`` plus the routed FFNs' output for the normalised ``x``, all ``[batch, tokens, hidden]``.
+
+    ``by`` is the strategy that `decide` found.
+    """
+    if isinstance(route, Route) and by != "dense":
         return residual + _module(ffns, route)(x)
-    by = resolve(strategy, ffns, x, "device" if isinstance(route, mx.array) else "host")
     return RUN[by](ffns, x, route, residual)
 
 

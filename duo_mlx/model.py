@@ -144,18 +144,20 @@ class Layer(nn.Module):
         strategy: str,
     ) -> mx.array:
         if self.skips_attention:
-            normed, route = conditional.decide(entry, self.index, x, self.input_layernorm, self.mlp, strategy)
-            if route is Route.SKIP and strategy != "dense":
+            normed, route, by = conditional.decide(entry, self.index, x, self.input_layernorm, self.mlp, strategy)
+            if route is Route.SKIP and by != "dense":
                 return x if cache is None else self._write_only(x, normed, cache, rotate)
             attended = conditional.keep_unless_skipped(self.self_attn(normed, mask, cache, rotate), route)
             h = x + attended
             normed = self.post_attention_layernorm(h)
         else:
             h = x + self.self_attn(self.input_layernorm(x), mask, cache, rotate)
-            normed, route = conditional.decide(entry, self.index, h, self.post_attention_layernorm, self.mlp, strategy)
-            if route is Route.SKIP and strategy != "dense":
+            normed, route, by = conditional.decide(
+                entry, self.index, h, self.post_attention_layernorm, self.mlp, strategy
+            )
+            if route is Route.SKIP and by != "dense":
                 return h
-        return conditional.run(self.mlp, normed, route, strategy, residual=h)
+        return conditional.run(self.mlp, normed, route, by, residual=h)
 
     def _write_only(self, x: mx.array, normed: mx.array, cache: Any, rotate: Rotation) -> mx.array:
         written = self.self_attn.remember(normed, cache, rotate)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from duo_mlx import auto
 from duo_mlx.kernels import fused
 
 
@@ -58,10 +59,9 @@ class LinearRouter(Router):
     def decide(
         self, layer: int, h: mx.array, norm: nn.RMSNorm, in_one_kernel: bool = False
     ) -> tuple[mx.array, mx.array]:
-        weight = self.weights[layer]
         rows = h.shape[0] * h.shape[1]
-        if in_one_kernel and fused.router_refusal(h.shape[-1], len(self.choices), rows, h.dtype) is None:
-            return fused.decide(h, norm, weight, self.offsets, self.choices)
+        if in_one_kernel and auto.router_refusal(h.shape[-1], len(self.choices), rows, h.dtype) is None:
+            return fused.decide(h, norm, self.weights[layer], self.offsets, self.choices)
         return super().decide(layer, h, norm)
 
 

@@ -63,4 +63,4 @@ def test_a_refusal_says_what_would_do(ffns):
     modules.set_dtype(mx.float16)
     x = mx.zeros((1, 1, 80), mx.float16)
     with pytest.raises(DuoError, match="'masked' cannot run here: .* not float16; use auto, sync, sorted or dense"):
-        conditional.run(modules, x, mx.array([[2]]), "masked", x)
+        conditional.resolve("masked", modules, x, "device")

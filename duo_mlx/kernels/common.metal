@@ -31,6 +31,12 @@ inline bool has(uint rows, int row) {
   return ((rows >> row) & 1u) != 0;
 }
 
+// As above for a product, which is made for some row: with a single one there is no question, and no branch.
+template <int ROWS>
+inline bool takes_part(uint rows, int row) {
+  return ROWS == 1 || has(rows, row);
+}
+
 // One lane's share of the products with a float matrix [outputs, inputs], as below.
 template <int ROWS, int COLUMNS, typename X, typename W>
 inline void multiply_floats(X x, int stride, W weight, int inputs, int last, uint needed, int lane, thread float* sums) {
@@ -47,7 +53,7 @@ inline void multiply_floats(X x, int stride, W weight, int inputs, int last, uin
     }
     DUO_UNROLL
     for (int row = 0; row < ROWS; row++) {
-      if (has(needed, row)) {
+      if (takes_part<ROWS>(needed, row)) {
         DUO_UNROLL
         for (int i = 0; i < STEP; i++) {
           const float value = static_cast<float>(x[row * stride + k + i]);
@@ -65,7 +71,7 @@ inline void multiply_floats(X x, int stride, W weight, int inputs, int last, uin
       const float one = static_cast<float>(weight[min(column, last) * inputs + k]);
       DUO_UNROLL
       for (int row = 0; row < ROWS; row++) {
-        if (has(needed, row)) {
+        if (takes_part<ROWS>(needed, row)) {
           sums[row * COLUMNS + column] += static_cast<float>(x[row * stride + k]) * one;
         }
       }
@@ -104,7 +110,7 @@ inline void multiply_quantised(
     }
     DUO_UNROLL
     for (int row = 0; row < ROWS; row++) {
-      if (has(needed, row)) {
+      if (takes_part<ROWS>(needed, row)) {
         float values[STEP];
         float total = 0;
         DUO_UNROLL
@@ -128,10 +134,10 @@ inline void multiply_quantised(
   }
 }
 
-// sums[row * COLUMNS + i] = x[row] . weight[column + i], in every lane of the simdgroup, for the rows in `needed`; zero
-// for others. BITS 0 is a float matrix. `x` has `stride` values a row; the matrix has `outputs` rows of `inputs`. Where
-// fewer than COLUMNS rows are left of it, the last one is read in place of those that are not there (as in MLX's
-// qmv_fast_impl), and their sums are for nobody.
+// sums[row * COLUMNS + i] = x[row] . weight[column + i], in every lane of the simdgroup, for the rows in `needed`, of
+// which there is at least one; zero for others. BITS 0 is a float matrix. `x` has `stride` values a row; the matrix has
+// `outputs` rows of `inputs`. Where fewer than COLUMNS rows are left of it, the last one is read in place of those that
+// are not there (as in MLX's qmv_fast_impl), and their sums are for nobody.
 template <int BITS, int GROUP, int ROWS, int COLUMNS, typename X, typename W, typename S>
 inline void multiply(
     X x,
@@ -161,7 +167,7 @@ inline void multiply(
   }
   DUO_UNROLL
   for (int row = 0; row < ROWS; row++) {
-    if (has(needed, row)) {  // the same for all lanes
+    if (takes_part<ROWS>(needed, row)) {  // the same for all lanes
       DUO_UNROLL
       for (int i = 0; i < COLUMNS; i++) {
         sums[row * COLUMNS + i] = simd_sum(sums[row * COLUMNS + i]);

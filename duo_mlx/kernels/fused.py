@@ -128,8 +128,8 @@ def decide(
     return normed, route
 
 
-def sources(ffns: FFNs, rows: int, dtype: mx.Dtype) -> dict[str, str]:
-    """The complete Metal source of the kernels for these FFNs, by name; needs no GPU.
+def launches(ffns: FFNs, rows: int, dtype: mx.Dtype) -> list[Launch]:
+    """What `ffn` launches for these FFNs, on zeros: their source can be seen or compiled ahead.
 
     Raises:
         DuoError: the FFNs are refused.
@@ -137,8 +137,7 @@ def sources(ffns: FFNs, rows: int, dtype: mx.Dtype) -> dict[str, str]:
     big, small = _modules(ffns, rows, dtype)
     x, inner = (mx.zeros((1, rows, width), dtype) for width in (big.hidden, big.width))
     route = mx.zeros((1, rows), mx.uint32)
-    launches = up(ffns, big, small, x, route), down(ffns, big, small, inner, route, residual=x)
-    return {each.kernel: launch.source(each) for each in launches}
+    return [up(ffns, big, small, x, route), down(ffns, big, small, inner, route, residual=x)]
 
 
 def router(h: mx.array, norm: nn.RMSNorm, weight: mx.array, offsets: mx.array, choices: tuple[int, ...]) -> Launch:

@@ -86,6 +86,7 @@ class Record:
         self.machine = of or machine()
         self.verdicts: dict[str, Verdict] = {}
         self.figures: Figures | None = None
+        self.version = 0  # changes with what is stored, so that who chose by it can tell
         self._read()
 
     def _read(self) -> None:
@@ -110,6 +111,7 @@ class Record:
         What another process wrote since this one read the file is kept.
         """
         self._read()
+        self.version += 1
         self.verdicts.update(verdicts or {})
         self.figures = figures or self.figures
         entry = {

@@ -39,7 +39,7 @@ void fault(const char* what, long at, long of);
 const uint32_t* exchange(uint32_t value, int line);
 void barrier(int line);
 
-// Pointers whose every access is checked and counted.
+// Pointers whose every access is checked and counted; not inlined, which the compiler would take long over.
 template <typename T>
 class Pointer {
  public:
@@ -65,7 +65,7 @@ class In : public Pointer<T> {
   using Pointer<T>::Pointer;
   In(Pointer<T> pointer) : Pointer<T>(pointer) {}
   In operator+(std::size_t by) const { return In(Pointer<T>::operator+(by)); }
-  T operator[](long at) const {
+  __attribute__((noinline)) T operator[](long at) const {
     this->buffer->reads++;
     if (const T* found = this->element(at)) {
       return *found;
@@ -79,7 +79,7 @@ template <typename T>
 class Out : public Pointer<T> {
  public:
   using Pointer<T>::Pointer;
-  T& operator[](long at) const {
+  __attribute__((noinline)) T& operator[](long at) const {
     this->buffer->writes++;
     if (T* found = this->element(at)) {
       return *found;
