@@ -45,6 +45,7 @@ def load(
     revision: str | None = None,
     dtype: mx.Dtype | None = None,
     lazy: bool = False,
+    fuse: bool = False,
 ) -> "tuple[Model, TokenizerWrapper]":
     """Load a Duo model and its tokenizer.
 
@@ -54,6 +55,7 @@ def load(
         dtype: of the floating-point weights. None: as stored, but float32 on the CPU, where MLX computes nothing
             else at speed.
         lazy: leave each weight unread until it is used.
+        fuse: decode faster, with some weights under other names, see `Model.fuse`.
 
     Raises:
         DuoError: there is no such model, it is no Duo model, or its files are damaged.
@@ -64,6 +66,8 @@ def load(
         dtype = mx.float32
     if dtype is not None:
         model.set_dtype(dtype)
+    if fuse:
+        model.fuse()
     if not lazy:
         mx.eval(model.parameters())
     return model, read_tokenizer(directory, read_config(directory))

@@ -69,8 +69,9 @@ def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
         attention, norm = before + nbytes(layer.self_attn), nbytes(layer.post_attention_layernorm)
         costs[Route.BIG] = attention + norm + nbytes(layer.mlp.big)
         costs[Route.SMALL] = attention + norm + nbytes(layer.mlp.small)
-        keys = before + nbytes(layer.self_attn.k_proj) + nbytes(layer.self_attn.v_proj)
-        costs[Route.SKIP] = keys if layer.skips_attention else attention
+        costs[Route.SKIP] = attention
+        if layer.skips_attention:
+            costs[Route.SKIP] = before + nbytes(layer.self_attn.k_proj) + nbytes(layer.self_attn.v_proj)
         if by_router:
             costs += nbytes(layer.mlp.router)
     return RouteTable(nbytes(head) + row + nbytes(model.model.norm), by_route)

@@ -55,8 +55,16 @@ class Attention(llama.Attention):
     """Llama's attention in two halves, of which a skipped token needs the first: its keys and values."""
 
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any, rotate: Rotation) -> mx.array:
-        queries = rotate(self._heads(self.q_proj(x), self.n_heads))
-        keys, values = self.remember(x, cache, rotate)
+        if "qkv_proj" in self:
+            with_positions = self.n_heads + self.n_kv_heads
+            heads = self._heads(self.qkv_proj(x), with_positions + self.n_kv_heads)
+            rotated, values = rotate(heads[:, :with_positions]), heads[:, with_positions:]
+            queries, keys = rotated[:, : self.n_heads], rotated[:, self.n_heads :]
+            if cache is not None:
+                keys, values = cache.update_and_fetch(keys, values)
+        else:
+            queries = rotate(self._heads(self.q_proj(x), self.n_heads))
+            keys, values = self.remember(x, cache, rotate)
         mixed = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
         out: mx.array = self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
         return out
@@ -69,6 +77,21 @@ class Attention(llama.Attention):
             return keys, values
         fetched: tuple[mx.array, mx.array] = cache.update_and_fetch(keys, values)
         return fetched
+
+    def fuse(self) -> None:
+        """Make one product of those of queries, keys and values, where they are stored alike."""
+        parts = [self.q_proj, self.k_proj, self.v_proj]
+        formats = {
+            (type(part), *(getattr(part, name, None) for name in ("mode", "bits", "group_size")), *sorted(part))
+            for part in parts
+        }
+        if len(formats) == 1 and type(parts[0]) in (nn.Linear, nn.QuantizedLinear):
+            self.qkv_proj = parts[0]
+            self.qkv_proj.update(
+                {name: mx.concatenate([part[name] for part in parts]) for name in parts[0].parameters()}
+            )
+            for name in ("q_proj", "k_proj", "v_proj"):
+                del self[name]
 
     def rotation(self, tokens: int, cache: Any) -> Rotation:
         """How a pass over ``tokens`` after what the cache holds rotates the queries and keys of every layer."""
@@ -251,6 +274,15 @@ class Model(nn.Module):
         if not choices:
             raise DuoError("this model has no router: its config.json has no router_choices")
         return LinearRouter([layer.mlp.router.weight for layer in self.layers], choices, offsets)
+
+    def fuse(self) -> None:
+        """Decode with fewer and larger products, for good: weights of attention get other names, numbers stay.
+
+        Where skip bypasses attention nothing changes, since a skipped token needs keys and values alone.
+        """
+        if self.args.skip_scope == "ffn":
+            for layer in self.layers:
+                layer.self_attn.fuse()
 
     @property
     def layers(self) -> list[Layer]:

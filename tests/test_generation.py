@@ -42,6 +42,7 @@ def by_definition(model, policy, count):
 
 @pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
 @pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.usefixtures("emulated")  # for strategy fused
 def test_tokens_and_routes_are_those_of_the_definition(loaded, spec, skip_scope):
     model, tokenizer = loaded(skip_scope=skip_scope)
     tokens, routes = by_definition(model, parse_route(spec, 4, seed=7), 8)

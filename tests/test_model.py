@@ -4,6 +4,7 @@ import json
 import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from safetensors import safe_open
 import duo_mlx
 from duo_mlx import checkpoint
 from duo_mlx.errors import DuoError
+from duo_mlx.ffns import nbytes
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.routes import Route
 
@@ -337,3 +339,57 @@ def test_sanitize_drops_rotary_tables_and_a_second_copy_of_a_tied_head(tiny_mode
     given = kept | head | rotary
     assert model.sanitize(given).keys() == (kept if tied else kept | head).keys()
     assert len(given) == 4  # the caller's dictionary is left alone
+
+
+# --- fused projections -------------------------------------------------------------------------------------------
+
+
+def copy_of(model, quantise=None):
+    other = Model(model.args)
+    other.load_weights(tree_flatten(model.parameters()))
+    if quantise:
+        nn.quantize(other, 32, quantise, class_predicate=lambda name, _: "self_attn" in name and "proj" in name)
+    return other
+
+
+@pytest.mark.parametrize("quantise", [None, 4, 8])
+@pytest.mark.parametrize("variant", ["plain", "attention bias", "MHA", "sliding", "head_dim"])
+def test_fused_projections_give_the_same_numbers(tiny_model, variant, quantise):
+    changes = VARIANTS[variant] | ({"hidden_size": 64, "head_dim": 16} if quantise else {})
+    model = copy_of(tiny_model(**changes), quantise)
+    fused = copy_of(tiny_model(**changes), quantise)
+    fused.fuse()
+    names = set(dict(tree_flatten(fused.parameters())))
+    assert "model.layers.0.self_attn.qkv_proj.weight" in names and not any(".q_proj." in name for name in names)
+    assert nbytes(fused) == nbytes(model)
+    tokens = mx.array(np.random.default_rng(0).integers(0, 32, (2, 11)))
+    ours, theirs = fused.make_cache(), model.make_cache()
+    np.testing.assert_allclose(np.array(fused(tokens)), np.array(model(tokens)), rtol=0, atol=1e-5)
+    for start, stop in ((0, 7), (7, 8), (8, 9), (9, 11)):
+        part = tokens[:, start:stop]
+        found, expected = fused(part, cache=ours, routes=[2, 1, 0, 2]), model(part, cache=theirs, routes=[2, 1, 0, 2])
+        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=1e-5)
+
+
+def test_projections_that_are_stored_differently_stay_as_they_are(tiny_model):
+    changes = {"hidden_size": 64, "head_dim": 16}
+    model = copy_of(tiny_model(**changes))
+    nn.quantize(model, 32, 4, class_predicate=lambda name, _: name.endswith("layers.1.self_attn.v_proj"))
+    before = model(mx.array([[3, 1, 4]]))
+    model.fuse()
+    assert ["qkv_proj" in layer.self_attn for layer in model.layers] == [True, False, True, True]
+    assert mx.allclose(model(mx.array([[3, 1, 4]])), before, rtol=0, atol=1e-5).item()
+
+
+def test_a_layer_that_may_only_write_keys_and_values_is_not_fused(tiny_model):
+    model = copy_of(tiny_model(skip_scope="layer"))
+    model.fuse()
+    assert not any("qkv_proj" in layer.self_attn for layer in model.layers)
+
+
+def test_loading_can_fuse(saved):
+    directory, model = saved()
+    fused, _ = duo_mlx.load(directory, fuse=True)
+    assert "qkv_proj" in fused.layers[0].self_attn
+    tokens = mx.array([[3, 1, 4]])
+    assert mx.allclose(fused(tokens), model(tokens), rtol=0, atol=1e-5).item()

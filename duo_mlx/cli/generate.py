@@ -81,7 +81,7 @@ def command(
     from duo_mlx.generation import encode, policy_of, room, stream_generate
     from duo_mlx.router import Router
 
-    loaded, tokenizer = load(model, revision=revision)
+    loaded, tokenizer = load(model, revision=revision, fuse=True)
     for token in stop_tokens:
         _add_stop_token(tokenizer, token)
     spec = route or loaded.args.default_route
