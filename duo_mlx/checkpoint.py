@@ -55,7 +55,7 @@ def load(
         dtype: of the floating-point weights. None: as stored, but float32 on the CPU, where MLX computes nothing
             else at speed.
         lazy: leave each weight unread until it is used.
-        fuse: decode faster, with some weights under other names, see `Model.fuse`.
+        fuse: decode faster; the weights must not be changed afterwards, see `Model.fuse`.
 
     Raises:
         DuoError: there is no such model, it is no Duo model, or its files are damaged.
@@ -68,8 +68,9 @@ def load(
         model.set_dtype(dtype)
     if fuse:
         model.fuse()
-    if not lazy:
-        mx.eval(model.parameters())
+    if not lazy:  # the largest first and one by one, so that what reading and casting take beside them is least
+        for array in sorted(parameters(model).values(), key=lambda array: -array.nbytes):
+            mx.eval(array)
     return model, read_tokenizer(directory, read_config(directory))
 
 

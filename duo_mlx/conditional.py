@@ -96,7 +96,7 @@ def plan(
 def _shared(routes: Routes) -> Route | Routes:
     """The one route that all tokens share, or the routes as they are."""
     first = routes.flat[0]
-    return Route(int(first)) if (routes == first).all() else routes
+    return Route(int(first)) if routes.size == 1 or (routes == first).all() else routes.astype(np.uint8, copy=False)
 
 
 def decide(
@@ -116,8 +116,8 @@ def decide(
         by, x, route = resolve(strategy, ffns, h, "device"), norm(h), entry
     else:
         one = isinstance(entry, Route) and strategy != "dense"
-        return norm(h), entry, "planned" if one else resolve(strategy, ffns, h, "host")
-    return (x, _shared(_read(route).astype(np.uint8)), by) if by == "sync" else (x, route, by)
+        return norm(h), entry, "planned" if one or strategy == "sync" else resolve(strategy, ffns, h, "host")
+    return (x, _shared(_read(route)), by) if by == "sync" else (x, route, by)
 
 
 def resolve(strategy: str, ffns: FFNs, x: mx.array, known_by: str) -> str:
@@ -144,8 +144,12 @@ def run(ffns: FFNs, x: mx.array, route: LayerRoutes, by: str, residual: mx.array
     ``by`` is the strategy that `decide` found.
     """
     if isinstance(route, Route) and by != "dense":
-        return residual + _module(ffns, route)(x)
-    return RUN[by](ffns, x, route, residual)
+        out = residual + _module(ffns, route)(x)
+    else:
+        out = RUN[by](ffns, x, route, residual)
+    if by == "sync":
+        mx.async_eval(out)  # the device works while the host builds the next layer, up to the route that it waits for
+    return out
 
 
 def keep_unless_skipped(values: mx.array, route: LayerRoutes) -> mx.array:

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import llama
+from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from duo_mlx import conditional
 from duo_mlx.arguments import KnownPattern, ModelArgs
 from duo_mlx.errors import DuoError
+from duo_mlx.joined import join
 from duo_mlx.router import LinearRouter, Router
 from duo_mlx.routes import LETTERS, Route
 
@@ -54,44 +56,41 @@ Rotation = Callable[[mx.array], mx.array]  # of queries or keys [batch, heads, t
 class Attention(llama.Attention):
     """Llama's attention in two halves, of which a skipped token needs the first: its keys and values."""
 
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        self._qkv: nn.Module | None = None  # see `Model.fuse`
+
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any, rotate: Rotation) -> mx.array:
-        if "qkv_proj" in self:
-            with_positions = self.n_heads + self.n_kv_heads
-            heads = self._heads(self.qkv_proj(x), with_positions + self.n_kv_heads)
-            rotated, values = rotate(heads[:, :with_positions]), heads[:, with_positions:]
-            queries, keys = rotated[:, : self.n_heads], rotated[:, self.n_heads :]
+        batch, tokens, _ = x.shape
+        if tokens == 1 and self._qkv is not None:
+            rotated = self.n_heads + self.n_kv_heads
+            heads = self._heads(self._qkv(x[:, 0]), batch, 1)
+            both = rotate(heads[:, :rotated])
+            queries, keys, values = both[:, : self.n_heads], both[:, self.n_heads :], heads[:, rotated:]
             if cache is not None:
                 keys, values = cache.update_and_fetch(keys, values)
         else:
-            queries = rotate(self._heads(self.q_proj(x), self.n_heads))
+            queries = rotate(self._heads(self.q_proj(x), batch, tokens))
             keys, values = self.remember(x, cache, rotate)
+        if _decodes_on_cpu(tokens):  # heads that share keys as positions that do, or each would get a copy of them
+            queries = queries.reshape(batch, self.n_kv_heads, -1, self.head_dim)
         mixed = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
-        out: mx.array = self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
-        return out
+        if tokens == 1:
+            return self.o_proj(mixed.reshape(batch, -1)).reshape(x.shape)
+        return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1))
 
     def remember(self, x: mx.array, cache: Any, rotate: Rotation) -> tuple[mx.array, mx.array]:
         """Keys and values of ``x [batch, tokens, hidden]``, written to the cache if there is one; all that it holds."""
-        keys = rotate(self._heads(self.k_proj(x), self.n_kv_heads))
-        values = self._heads(self.v_proj(x), self.n_kv_heads)
+        keys = rotate(self._heads(self.k_proj(x), *x.shape[:2]))
+        values = self._heads(self.v_proj(x), *x.shape[:2])
         if cache is None:
             return keys, values
         fetched: tuple[mx.array, mx.array] = cache.update_and_fetch(keys, values)
         return fetched
 
     def fuse(self) -> None:
-        """Make one product of those of queries, keys and values, where they are stored alike."""
-        parts = [self.q_proj, self.k_proj, self.v_proj]
-        formats = {
-            (type(part), *(getattr(part, name, None) for name in ("mode", "bits", "group_size")), *sorted(part))
-            for part in parts
-        }
-        if len(formats) == 1 and type(parts[0]) in (nn.Linear, nn.QuantizedLinear):
-            self.qkv_proj = parts[0]
-            self.qkv_proj.update(
-                {name: mx.concatenate([part[name] for part in parts]) for name in parts[0].parameters()}
-            )
-            for name in ("q_proj", "k_proj", "v_proj"):
-                del self[name]
+        """Decode with one product for queries, keys and values, where they are stored alike."""
+        self._qkv = join([self.q_proj, self.k_proj, self.v_proj])
 
     def rotation(self, tokens: int, cache: Any) -> Rotation:
         """How a pass over ``tokens`` after what the cache holds rotates the queries and keys of every layer."""
@@ -104,9 +103,34 @@ class Attention(llama.Attention):
             return lambda x: x @ matrix.astype(x.dtype)
         return lambda x: self.rope(x, offset=offset)
 
-    def _heads(self, x: mx.array, heads: int) -> mx.array:
+    def _heads(self, x: mx.array, batch: int, tokens: int) -> mx.array:
         """``[batch, tokens, heads * head_dim]`` as ``[batch, heads, tokens, head_dim]``."""
-        return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+        if tokens == 1:
+            return x.reshape(batch, -1, 1, self.head_dim)
+        return x.reshape(batch, tokens, -1, self.head_dim).transpose(0, 2, 1, 3)
+
+
+class MLP(llama.MLP):
+    """Llama's FFN, SwiGLU; a single token passes as a matrix of one row, which saves primitives around its products."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        self._gate_up: nn.Module | None = None  # see `Model.fuse`
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.ndim < 3 or x.shape[-2] != 1:
+            out: mx.array = super().__call__(x)
+            return out
+        row = x[..., 0, :]
+        if self._gate_up is None:
+            inner = swiglu(self.gate_proj(row), self.up_proj(row))
+        else:
+            inner = swiglu(*mx.split(self._gate_up(row), 2, axis=-1))
+        return self.down_proj(inner).reshape(x.shape)
+
+    def fuse(self) -> None:
+        """Decode with one product for gate and up, where they are stored alike."""
+        self._gate_up = join([self.gate_proj, self.up_proj])
 
 
 class RouterWeights(nn.Module):
@@ -122,12 +146,12 @@ class BigOnlyFFN(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.big = llama.MLP(args)
+        self.big = MLP(args)
         if args.router_choices:
             self.router = RouterWeights(args)
 
     @property
-    def small(self) -> llama.MLP:
+    def small(self) -> MLP:
         return self.big
 
 
@@ -136,8 +160,8 @@ class DuoFFN(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.big = llama.MLP(args)
-        self.small = llama.MLP(
+        self.big = MLP(args)
+        self.small = MLP(
             replace(args, intermediate_size=args.small_intermediate_size, mlp_bias=args.mlp_bias or args.small_bias)
         )
         if args.router_choices:
@@ -276,13 +300,11 @@ class Model(nn.Module):
         return LinearRouter([layer.mlp.router.weight for layer in self.layers], choices, offsets)
 
     def fuse(self) -> None:
-        """Decode with fewer and larger products, for good: weights of attention get other names, numbers stay.
-
-        Where skip bypasses attention nothing changes, since a skipped token needs keys and values alone.
-        """
-        if self.args.skip_scope == "ffn":
-            for layer in self.layers:
-                layer.self_attn.fuse()
+        """Decode with fewer and larger products; from then on the weights must not be changed. Numbers stay."""
+        for layer in self.layers:
+            layer.self_attn.fuse()
+            for module in {id(module): module for module in (layer.mlp.big, layer.mlp.small)}.values():
+                module.fuse()
 
     @property
     def layers(self) -> list[Layer]:

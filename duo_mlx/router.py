@@ -50,11 +50,17 @@ class LinearRouter(Router):
         self.weights = list(weights)
         self.choices = tuple(int(choice) for choice in choices)
         self.offsets = mx.zeros(len(self.choices)) if offsets is None else offsets.astype(mx.float32)
+        self._moves = offsets is not None
+        self._columns = [weight.T for weight in self.weights]
         self._choices = mx.array(self.choices, mx.uint32)
+        self._are_indices = self.choices == tuple(range(len(self.choices)))
 
     def routes(self, layer: int, x: mx.array) -> mx.array:
-        logits = (x @ self.weights[layer].T).astype(mx.float32) + self.offsets
-        return self._choices[mx.argmax(logits, axis=-1)]
+        logits = x @ self._columns[layer]
+        if self._moves:
+            logits = logits.astype(mx.float32) + self.offsets
+        largest = mx.argmax(logits, axis=-1)
+        return largest if self._are_indices else self._choices[largest]
 
     def decide(
         self, layer: int, h: mx.array, norm: nn.RMSNorm, in_one_kernel: bool = False

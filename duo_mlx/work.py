@@ -133,22 +133,24 @@ def dispatches(model: Model, strategy: str) -> RouteTable:
     """Kernels that a token starts on a GPU, sampling by argmax included."""
     embedding = 4 if isinstance(model.model.embed_tokens, nn.QuantizedEmbedding) else 1  # three gathers, dequantize
     norm, head, sampling = 1, 1, 3  # logsumexp, its subtraction, argmax
-    by_route = np.array([_layer(layer, strategy) for layer in model.layers], np.int64)
+    names = not LETTERS.startswith(model.args.router_choices)  # the index of the largest logit is not yet the route
+    by_route = np.array([_layer(layer, strategy, router=2 + names) for layer in model.layers], np.int64)
     return RouteTable(embedding + norm + head + sampling, by_route)
 
 
-def _layer(layer: Layer, strategy: str) -> tuple[int, int, int]:
-    """Kernels of one layer under skip, small and big: sums of what is named here, of which each is one kernel."""
+def _layer(layer: Layer, strategy: str, router: int) -> tuple[int, int, int]:
+    """Kernels of one layer under skip, small and big: sums of what is named here, of which each is one kernel.
+
+    ``router`` are those of a router that is not part of a fused kernel.
+    """
     attn, ffns = layer.self_attn, layer.mlp
-    norm = add = rope = write = attend = compare = select = fill = gather = argmax = sort = 1
+    norm = add = rope = write = attend = compare = select = fill = gather = sort = 1
     remember = norm + _linear(attn.k_proj) + _linear(attn.v_proj) + rope + 2 * write
     attention = remember + _linear(attn.q_proj) + rope + attend + _linear(attn.o_proj) + add
     small, big = _module(ffns.small), _module(ffns.big)
     if strategy == "planned":
         skipped = remember if layer.skips_attention else attention
         return skipped, attention + norm + small + add, attention + norm + big + add
-    logits, cast, offsets = 1, int(ffns.router.weight.dtype != mx.float32), add
-    router = logits + cast + offsets + argmax + gather
     if strategy == "sync":
         skipped = remember + router if layer.skips_attention else attention + norm + router
         return skipped, attention + norm + router + small + add, attention + norm + router + big + add

@@ -144,13 +144,15 @@ def test_all_big_is_llama(tiny_model, llama_twin, case, strategy, prompt, tokens
 
 
 def assert_no_more_than(ours, theirs, tokens):
-    """The same graph as llama's, but for a single token on the CPU, whose rotations are matrices."""
+    """The same graph as llama's, but for a single token, and more so on the CPU, where its rotations are matrices."""
+    if tokens == 1:
+        assert ours.total() < theirs.total()
     if rotations(tokens):
         assert ours["Matmul"] + ours["AddMM"] == theirs["Matmul"] + theirs["AddMM"] + rotations(tokens)
         assert ours["Softmax"] == theirs["Softmax"]
         assert ours["Cos"] <= 1 < theirs["Cos"]
         assert ours.total() < theirs.total() - 20 * LAYERS
-    else:
+    elif tokens > 1:
         assert ours == theirs
 
 

@@ -1,0 +1,224 @@
+"""Where a decoding step's time goes: milliseconds of each part, of building its graph and of running it.
+
+    python -m duo_mlx.bench.parts --out parts.json
+
+Each part's own graph, over all layers and on the model's real shapes and weights, is timed in the same interleaved
+rounds as whole steps: once as it is built and dropped, once as it is built and evaluated; the difference is what
+running it takes. The layers' parts follow each other, as they do in a step, by `mx.depends` in place of their
+residuals. What a whole step takes beyond its parts' runs is the rest: residuals, and what parts cost only together.
+While `generate_step` decodes, the host builds a step as the device runs the one before; what that hides, or what it
+costs, shows between a whole step and one of ``decoding``. A router that the host reads runs while its graph is built,
+so it stands under graph.
+"""
+
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from duo_mlx.bench.interleave import Timings, interleave
+from duo_mlx.bench.peer import PATTERNS, Decoder, check_context, decoders, llama_twin, open_model
+from duo_mlx.bench.prefill import CLOCKS, SHAPE
+from duo_mlx.bench.record import check_output, run, system, write_output
+from duo_mlx.model import Layer, Model
+
+Build = Callable[[], mx.array]  # makes the unevaluated array that a part ends in
+
+ALWAYS = ("embedding", "attention", "norms", "head", "sampling")  # in every step of a Duo
+FFNS = {"all-big": ("big",), "all-small": ("small",), "all-skip": ()}
+
+
+def chain(x: mx.array, layers: Iterable[Layer], part: Callable[[Layer, mx.array], mx.array]) -> mx.array:
+    """``part`` of every layer on the same ``x``, each after the one before."""
+    for layer in layers:
+        x = mx.depends([x], [part(layer, x)])[0]
+    return x
+
+
+def sample(logits: mx.array) -> mx.array:
+    """The next token as `generate_step` finds it greedily."""
+    last = logits[:, -1, :]
+    return mx.argmax(last - mx.logsumexp(last, keepdims=True), axis=-1)
+
+
+def parts(model: Model, cache: list[Any]) -> dict[str, Build]:
+    """What builds each part of a decoding step after what ``cache`` holds."""
+    x = mx.random.normal((1, 1, model.args.hidden_size), model.model.norm.weight.dtype)
+    logits = mx.random.normal((1, 1, model.args.vocab_size), x.dtype)
+    mx.eval(x, logits)
+
+    def attention() -> mx.array:
+        rotate = model.layers[0].self_attn.rotation(1, cache[0])
+        caches = iter(cache)
+        return chain(x, model.layers, lambda layer, x: layer.self_attn(x, None, next(caches), rotate))
+
+    def norms() -> mx.array:
+        between = chain(x, model.layers, lambda layer, x: layer.post_attention_layernorm(layer.input_layernorm(x)))
+        return model.model.norm(between)
+
+    built = {
+        "embedding": lambda: model.model.embed_tokens(mx.array([[1]])),
+        "attention": attention,
+        "norms": norms,
+        "big": lambda: chain(x, model.layers, lambda layer, x: layer.mlp.big(x)),
+        "small": lambda: chain(x, model.layers, lambda layer, x: layer.mlp.small(x)),
+        "head": lambda: model.head(x),
+        "sampling": lambda: sample(logits),
+    }
+    if model.args.router_choices:
+        router = model.router()
+
+        def read(layer: Layer, x: mx.array) -> mx.array:
+            route = router.routes(layer.index, x)
+            np.array(route)
+            return route
+
+        built["router"] = lambda: chain(x, model.layers, lambda layer, x: router.routes(layer.index, x))
+        built["router, read by the host"] = lambda: chain(x, model.layers, read)
+    return built
+
+
+def calls(
+    built: dict[str, Build], cache: list[Any], context: int, cases: dict[str, Decoder], tokens: int
+) -> dict[str, Callable[[], object]]:
+    """What to time: each part and whole step ``NAME: graph`` and ``NAME: all``, and ``NAME: decoding``."""
+
+    def graph(build: Build, cache: list[Any]) -> Callable[[], None]:
+        def run() -> None:
+            before = [layer.state for layer in cache]
+            for layer, (keys, values, offset) in zip(cache, before, strict=True):
+                layer.state = mx.array(keys), mx.array(values), offset  # a cache writes into the arrays that it holds
+            build()
+            for layer, state in zip(cache, before, strict=True):
+                layer.state = state
+
+        return run
+
+    def everything(build: Build, cache: list[Any]) -> Callable[[], None]:
+        def run() -> None:
+            mx.eval(build())
+            for layer in cache:
+                layer.trim(layer.offset - context)
+
+        return run
+
+    def step(case: Decoder) -> Build:
+        return lambda: sample(case.bind()(mx.array([[1]]), cache=case.cache))
+
+    made: dict[str, Callable[[], object]] = {}
+    for name, build, own in [
+        *((name, build, cache) for name, build in built.items()),
+        *((name, step(case), case.cache) for name, case in cases.items()),
+    ]:
+        made[f"{name}: graph"], made[f"{name}: all"] = graph(build, own), everything(build, own)
+    for name, case in cases.items():
+        made[f"{name}: decoding"] = lambda case=case: case(tokens)  # type: ignore[misc]
+    return made
+
+
+def summary(timings: Timings, tokens: int) -> dict[str, Any]:
+    """Median milliseconds of each part, and each whole step with what its parts leave unexplained."""
+
+    def graph(name: str) -> float:
+        return 1e3 * timings.median(f"{name}: graph")
+
+    def running(name: str) -> float:
+        both = zip(timings.rounds(f"{name}: all"), timings.rounds(f"{name}: graph"), strict=True)
+        return 1e3 * statistics.median(all_of_it - built for all_of_it, built in both)
+
+    names = [name.removesuffix(": graph") for name in timings.runs if name.endswith(": graph")]
+    of_parts = {name: {"graph_ms": graph(name), "run_ms": running(name)} for name in names}
+    steps = {name: of_parts.pop(name) for name in ("mlx-lm", *PATTERNS)}
+    for name, step in steps.items():
+        step["all_ms"] = 1e3 * timings.median(f"{name}: all")
+        step["decoding_ms"] = 1e3 * timings.median(f"{name}: decoding") / (tokens + 1)
+        if name in FFNS:
+            step["rest_ms"] = step["run_ms"] - sum(of_parts[part]["run_ms"] for part in (*ALWAYS, *FFNS[name]))
+    return {"parts": of_parts, "steps": steps}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The summary for a reader."""
+    lines = [f"{'ms a step':<26} {'graph':>7} {'run':>7}"]
+    for name, of in result["parts"].items():
+        lines.append(f"{name:<26} {of['graph_ms']:>7.2f} {of['run_ms']:>7.2f}")
+    lines.append(f"{'whole step':<26} {'graph':>7} {'run':>7} {'rest':>7} {'all':>7} {'decoding':>9}")
+    for name, of in result["steps"].items():
+        rest = f"{of['rest_ms']:.2f}" if "rest_ms" in of else ""
+        both = f"{of['graph_ms']:>7.2f} {of['run_ms']:>7.2f}"
+        lines.append(f"{name:<26} {both} {rest:>7} {of['all_ms']:>7.2f} {of['decoding_ms']:>9.2f}")
+    return "\n".join(lines)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option(
+    "--model", "directory", type=click.Path(path_type=Path), help="A model directory in place of random weights."
+)
+@click.option("--rounds", type=click.IntRange(1), default=20, help="Interleaved rounds, each there and back.")
+@click.option("--tokens", type=click.IntRange(1), default=8, help="Tokens decoded in a run of whole decoding.")
+@click.option("--context", type=click.IntRange(1), default=128, help="Positions in the cache before a step.")
+@click.option("--layers", type=click.IntRange(1), default=SHAPE["num_hidden_layers"], help="Layers, where random.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of weights and caches.")
+@click.option("--clock", type=click.Choice(list(CLOCKS)), default="wall", help="wall; or the process's cpu seconds.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the result to a .json or .csv file.")
+@click.option("--force", is_flag=True, help="Replace an existing --out.")
+def command(
+    directory: Path | None,
+    rounds: int,
+    tokens: int,
+    context: int,
+    layers: int,
+    seed: int,
+    clock: str,
+    out: Path | None,
+    force: bool,
+) -> None:
+    """Break a decoding step down into milliseconds of its parts."""
+    if out:
+        check_output(out, force)
+    model = open_model(directory, layers, seed)
+    check_context(model, context + tokens + 1)
+    cases = decoders(model, llama_twin(model), context, seed)
+    cache = cases["all-big"].cache
+    before = system()
+    timings = interleave(
+        calls(parts(model, cache), cache, context, cases, tokens),
+        rounds,
+        warm_up=2,
+        after_round=lambda done: click.echo(f"round {done} of {rounds}", err=True),
+        clock=CLOCKS[clock],
+    )
+    result = summary(timings, tokens)
+    click.echo(table(result))
+    if out:
+        of = f"--model {directory.name}" if directory else f"--layers {layers}"
+        options = f"--rounds {rounds} --tokens {tokens} --context {context} --seed {seed} --clock {clock}"
+        write_output(
+            out,
+            {
+                "command": f"python -m duo_mlx.bench.parts {of} {options}",
+                "system": before,
+                "load_average_after": os.getloadavg(),
+                "shape": vars(model.args),
+                "summary": result,
+                "runs_s": timings.runs,
+            },
+        )
+
+
+def main() -> None:
+    """Run the command; bad input is one line on stderr and exit code 2."""
+    run(command, "parts")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What benchmarks of decoding share: a model, mlx-lm's stock llama with the same weights, and decoding both alike.
+
+Decoding goes through mlx-lm's own `generate_step` for either, greedily, from a cache that was filled before the clock
+starts. `generate_step` is always one step ahead, so that N tokens take N + 1 steps; all of them are waited for.
+"""
+
+import io
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes)
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import generate_step, generation_stream
+from mlx_lm.models import llama
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+from duo_mlx import checkpoint, cost
+from duo_mlx.bench.prefill import SHAPE
+from duo_mlx.errors import DuoError
+from duo_mlx.generation import RoutedModel
+from duo_mlx.model import Model, ModelArgs
+from duo_mlx.policies import FixedPolicy, Policy
+from duo_mlx.router import Router
+from duo_mlx.routes import Route, Routes
+
+PATTERNS = {"all-big": Route.BIG, "all-small": Route.SMALL, "all-skip": Route.SKIP}
+
+
+def open_model(directory: Path | None, layers: int, seed: int) -> Model:
+    """The model in a directory; None: SmolLM2-135M's shape with ``layers`` layers and random weights and routers.
+
+    Fused, as ``duo-mlx generate`` loads it.
+
+    Raises:
+        DuoError: the directory holds no Duo model.
+    """
+    mx.random.seed(seed)
+    if directory:
+        return checkpoint.load(directory, fuse=True)[0]
+    model = Model(ModelArgs.from_dict(SHAPE | {"num_hidden_layers": layers, "router_choices": "-sB"}))
+    for layer in model.layers:  # a new router's weights are zeros
+        layer.mlp.router.weight = mx.random.normal(layer.mlp.router.weight.shape)
+    model.fuse()
+    mx.eval(model.parameters())
+    return model
+
+
+def llama_twin(model: Model) -> llama.Model:
+    """mlx-lm's llama with the Duo's big FFNs and the Duo's own arrays as weights, so that they are in memory once."""
+    config = {name: getattr(model.args, name) for name in llama.ModelArgs.__dataclass_fields__}
+    twin = llama.Model(llama.ModelArgs(**config | {"model_type": "llama"}))
+    ours = dict(model.named_modules())
+
+    def as_ours(path: str, _: nn.Module) -> bool | dict[str, Any]:
+        module = ours[path.replace(".mlp.", ".mlp.big.")]
+        return "scales" in module and {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
+
+    nn.quantize(twin, class_predicate=as_ours)
+    weights = checkpoint.parameters(model)
+    only_ours = (".mlp.small.", ".mlp.router.")
+    twin.load_weights(
+        [
+            (name.replace(".mlp.big.", ".mlp."), array)
+            for name, array in weights.items()
+            if not any(part in name for part in only_ours)
+        ]
+    )
+    return twin
+
+
+def pattern(model: Model, route: Route) -> Routes:
+    """One route in all layers, ``[layers]``."""
+    return np.full(model.args.num_hidden_layers, route, np.uint8)
+
+
+def filled_cache(model: Model, context: int, seed: int) -> list[Any]:
+    """A cache of ``context`` positions of noise: what decoding costs depends on how many, not on which.
+
+    Raises:
+        DuoError: attention slides, so that a cache cannot be taken back to where it began.
+    """
+    args = model.args
+    head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
+    shape = (2, 1, args.num_key_value_heads, context, head_dim)
+    noise = mx.random.normal(shape, model.model.norm.weight.dtype, key=mx.random.key(seed))
+    cache = model.make_cache()
+    if not can_trim_prompt_cache(cache) or "sliding_attention" in args.layer_types:
+        raise DuoError("this benchmark needs caches that can be taken back, and this model's attention slides")
+    for layer in cache:
+        layer.update_and_fetch(*noise)
+    mx.eval([layer.state[:2] for layer in cache])
+    return cache
+
+
+def check_context(model: Model, positions: int) -> None:
+    """Refuse more positions than the model has."""
+    limit = model.args.max_position_embeddings
+    if limit is not None and positions > limit:
+        raise DuoError(f"--context and --tokens come to {positions} positions; the model has {limit}")
+
+
+@dataclass
+class Decoder:
+    """Decodes from the same ``context`` positions again and again.
+
+    ``bind`` makes what `generate_step` calls, anew for each run, because a `RoutedModel` counts positions.
+    """
+
+    bind: Callable[[], Callable[..., mx.array]]
+    cache: list[Any]
+    context: int
+
+    def __call__(self, tokens: int) -> list[int]:
+        """Decode and wait until everything is done."""
+        self.rewind()
+        steps = generate_step(mx.array([1]), self.bind(), max_tokens=tokens, prompt_cache=self.cache)
+        decoded = [token for token, _ in steps]
+        mx.synchronize(generation_stream)
+        return decoded
+
+    def rewind(self) -> None:
+        """Back to ``context`` positions."""
+        trim_prompt_cache(self.cache, self.cache[0].offset - self.context)
+
+    def primitives(self) -> int:
+        """How many primitives the graph of one step's logits has; exact."""
+        self.rewind()
+        logits = self.bind()(mx.array([[1]]), cache=self.cache)
+        count = primitives(logits)
+        mx.eval(logits)
+        return count
+
+
+def routed(model: Model, policy: Policy | Router, context: int, strategy: str = "auto", seed: int = 0) -> Decoder:
+    """A decoder of the Duo by a policy or router, as ``duo-mlx generate`` runs it."""
+    return Decoder(
+        lambda: RoutedModel(model, policy, strategy, start=context), filled_cache(model, context, seed), context
+    )
+
+
+def decoders(
+    model: Model, twin: llama.Model | None, context: int, seed: int = 0, patterns: Sequence[str] = tuple(PATTERNS)
+) -> dict[str, Decoder]:
+    """Decoders of the twin, if there is one, and of the Duo by uniform patterns, by name."""
+    made = {}
+    if twin is not None:
+        made["mlx-lm"] = Decoder(lambda: twin, filled_cache(model, context, seed), context)
+    for name in patterns:
+        made[name] = routed(model, FixedPolicy(pattern(model, PATTERNS[name])), context, seed=seed)
+    return made
+
+
+def primitives(output: mx.array) -> int:
+    """Primitives in the graph of an unevaluated array."""
+    file = io.StringIO()
+    mx.export_to_dot(file, output)
+    return len(re.findall(r"shape=rectangle\]", file.getvalue()))
+
+
+def step_bytes(model: Model, routes: Routes, context: int, by_router: bool = False) -> float:
+    """Bytes of weights and cache that a decoding step touches, as a mean over the patterns ``routes [..., layers]``."""
+    table = cost.weight_bytes(model, by_router) + cost.cache_bytes(model, context)
+    return float(table.of(model.args.realised(routes)).mean())
+
+
+def spread(ratios: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """The median of paired ratios, a 95 % bootstrap interval of it, and the ratios."""
+    drawn = np.random.default_rng(seed).choice(np.array(ratios), (2000, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    return {"median": statistics.median(ratios), "interval_95": [float(low), float(high)], "rounds": list(ratios)}

@@ -1,0 +1,35 @@
+"""Several linear maps of one input as a single product, which decodes a small model faster.
+
+The weights are put one after the other into one array, and those of the parts become views of it: names, numbers and
+bytes stay, and who needs a single part (a prefill, a masked product, a kernel, a token that only writes keys and
+values) still finds it.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+FORMAT = ("mode", "bits", "group_size")
+
+
+def join(parts: Sequence[nn.Module]) -> nn.Module | None:
+    """One linear map whose outputs are those of the parts, one after the other; None where they are stored differently.
+
+    From then on the weights of the parts must not be changed, since the whole would keep the old ones.
+    """
+    formats = {(type(part), *(getattr(part, name, None) for name in FORMAT), *sorted(part)) for part in parts}
+    if len(formats) != 1 or type(parts[0]) not in (nn.Linear, nn.QuantizedLinear):
+        return None
+    whole = nn.Linear(1, 1) if type(parts[0]) is nn.Linear else nn.QuantizedLinear(128, 1)
+    whole.clear()
+    for name in FORMAT:
+        if hasattr(parts[0], name):
+            setattr(whole, name, getattr(parts[0], name))
+    for name in sorted(parts[0]):
+        together = whole[name] = mx.concatenate([part[name] for part in parts])
+        start = 0
+        for part in parts:
+            stop = start + part[name].shape[0]
+            part[name], start = together[start:stop], stop
+    return whole
