@@ -144,7 +144,7 @@ def run(ffns: FFNs, x: mx.array, route: LayerRoutes, by: str, residual: mx.array
     ``by`` is the strategy that `decide` found.
     """
     if isinstance(route, Route) and by != "dense":
-        out = residual + _module(ffns, route)(x)
+        out = residual if route is Route.SKIP else _module(ffns, route)(x, residual)
     else:
         out = RUN[by](ffns, x, route, residual)
     if by == "sync":
@@ -213,13 +213,8 @@ def _fused(ffns: FFNs, x: mx.array, route: Routes | mx.array, residual: mx.array
     return fused.ffn(ffns, x, _on_device(route), residual)
 
 
-def _module(ffns: FFNs, route: Route) -> Callable[[mx.array], mx.array]:
-    modules: dict[Route, FFN | Callable[[mx.array], mx.array]] = {
-        Route.BIG: ffns.big,
-        Route.SMALL: ffns.small,
-        Route.SKIP: mx.zeros_like,
-    }
-    return modules[route]
+def _module(ffns: FFNs, route: Route) -> FFN:
+    return ffns.big if route is Route.BIG else ffns.small
 
 
 RUN: dict[str, Callable[..., mx.array]] = {

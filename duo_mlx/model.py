@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from duo_mlx import conditional
 from duo_mlx.arguments import KnownPattern, ModelArgs
 from duo_mlx.errors import DuoError
-from duo_mlx.joined import join
+from duo_mlx.products import join, onto
 from duo_mlx.router import LinearRouter, Router
 from duo_mlx.routes import LETTERS, Route
 
@@ -33,6 +33,11 @@ def _decodes_on_cpu(tokens: int) -> bool:
     In a small model these take longer than what they stand between, the products with its weights.
     """
     return tokens == 1 and mx.default_device().type == mx.DeviceType.cpu
+
+
+def _row(x: mx.array | None) -> mx.array | None:
+    """``[batch, 1, width]`` as ``[batch, width]``: around a product of matrices nothing has to be reshaped."""
+    return None if x is None else x[:, 0]
 
 
 @mx.compile
@@ -60,11 +65,19 @@ class Attention(llama.Attention):
         super().__init__(args)
         self._qkv: nn.Module | None = None  # see `Model.fuse`
 
-    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any, rotate: Rotation) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        mask: mx.array | str | None,
+        cache: Any,
+        rotate: Rotation,
+        residual: mx.array | None = None,
+    ) -> mx.array:
+        """What attention gives ``x [batch, tokens, hidden]``, added to the ``residual`` if there is one."""
         batch, tokens, _ = x.shape
         if tokens == 1 and self._qkv is not None:
             rotated = self.n_heads + self.n_kv_heads
-            heads = self._heads(self._qkv(x[:, 0]), batch, 1)
+            heads = self._heads(self._qkv(_row(x)), batch, 1)
             both = rotate(heads[:, :rotated])
             queries, keys, values = both[:, : self.n_heads], both[:, self.n_heads :], heads[:, rotated:]
             if cache is not None:
@@ -76,8 +89,9 @@ class Attention(llama.Attention):
             queries = queries.reshape(batch, self.n_kv_heads, -1, self.head_dim)
         mixed = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
         if tokens == 1:
-            return self.o_proj(mixed.reshape(batch, -1)).reshape(x.shape)
-        return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1))
+            return onto(_row(residual), self.o_proj, mixed.reshape(batch, -1))[:, None]
+        out: mx.array = self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1))
+        return out if residual is None else residual + out
 
     def remember(self, x: mx.array, cache: Any, rotate: Rotation) -> tuple[mx.array, mx.array]:
         """Keys and values of ``x [batch, tokens, hidden]``, written to the cache if there is one; all that it holds."""
@@ -117,16 +131,16 @@ class MLP(llama.MLP):
         super().__init__(args)
         self._gate_up: nn.Module | None = None  # see `Model.fuse`
 
-    def __call__(self, x: mx.array) -> mx.array:
-        if x.ndim < 3 or x.shape[-2] != 1:
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        if x.ndim < 3 or x.shape[1] != 1:
             out: mx.array = super().__call__(x)
-            return out
-        row = x[..., 0, :]
+            return out if residual is None else residual + out
+        row = _row(x)
         if self._gate_up is None:
             inner = swiglu(self.gate_proj(row), self.up_proj(row))
         else:
             inner = swiglu(*mx.split(self._gate_up(row), 2, axis=-1))
-        return self.down_proj(inner).reshape(x.shape)
+        return onto(_row(residual), self.down_proj, inner)[:, None]
 
     def fuse(self) -> None:
         """Decode with one product for gate and up, where they are stored alike."""
@@ -198,7 +212,7 @@ class Layer(nn.Module):
             h = x + attended
             normed = self.post_attention_layernorm(h)
         else:
-            h = x + self.self_attn(self.input_layernorm(x), mask, cache, rotate)
+            h = self.self_attn(self.input_layernorm(x), mask, cache, rotate, residual=x)
             normed, route, by = conditional.decide(
                 entry, self.index, h, self.post_attention_layernorm, self.mlp, strategy
             )

@@ -146,14 +146,16 @@ def _layer(layer: Layer, strategy: str, router: int) -> tuple[int, int, int]:
     attn, ffns = layer.self_attn, layer.mlp
     norm = add = rope = write = attend = compare = select = fill = gather = sort = 1
     remember = norm + _linear(attn.k_proj) + _linear(attn.v_proj) + rope + 2 * write
-    attention = remember + _linear(attn.q_proj) + rope + attend + _linear(attn.o_proj) + add
+    apart = add if layer.skips_attention else 1 - _adds(attn.o_proj)
+    attention = remember + _linear(attn.q_proj) + rope + attend + _linear(attn.o_proj) + apart
     small, big = _module(ffns.small), _module(ffns.big)
+    alone = norm + small + 1 - _adds(ffns.small.down_proj), norm + big + 1 - _adds(ffns.big.down_proj)
     if strategy == "planned":
         skipped = remember if layer.skips_attention else attention
-        return skipped, attention + norm + small + add, attention + norm + big + add
+        return skipped, attention + alone[0], attention + alone[1]
     if strategy == "sync":
         skipped = remember + router if layer.skips_attention else attention + norm + router
-        return skipped, attention + norm + router + small + add, attention + norm + router + big + add
+        return skipped, attention + router + alone[0], attention + router + alone[1]
     if layer.skips_attention:  # attention has run before anybody knows; what it gave a token that skips is dropped
         attention += compare + select + fill
     if strategy == "fused":
@@ -180,6 +182,11 @@ def _module(ffn: FFN) -> int:
 def _linear(linear: nn.Module) -> int:
     """A product with plain floats adds its bias itself; one with quantised weights leaves that to another kernel."""
     return 1 + (isinstance(linear, nn.QuantizedLinear) and "bias" in linear)
+
+
+def _adds(linear: nn.Module) -> bool:
+    """Whether its product also adds a residual, see `duo_mlx.products.onto`."""
+    return type(linear) is nn.Linear and "bias" not in linear
 
 
 def _biases(ffn: FFN) -> int:
