@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from duo_mlx import shards
 from duo_mlx.errors import DuoError
 from duo_mlx.files import write_text
+from duo_mlx.routes import Route, Routes
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -68,10 +69,24 @@ def load(
         model.set_dtype(dtype)
     if fuse:
         model.fuse()
-    if not lazy:  # the largest first and one by one, so that what reading and casting take beside them is least
-        for array in sorted(parameters(model).values(), key=lambda array: -array.nbytes):
-            mx.eval(array)
+    if not lazy:
+        read_weights(model)
     return model, read_tokenizer(directory, read_config(directory))
+
+
+def read_weights(model: "Model", pattern: Routes | None = None) -> None:
+    """Read the weights of a model that was loaded lazily, but for FFNs that no route of a ``pattern [layers]`` uses."""
+    unused: set[int] = set()
+    for layer, route in zip(model.layers, () if pattern is None else pattern.tolist(), strict=False):
+        modules = {Route.BIG: layer.mlp.big, Route.SMALL: layer.mlp.small}
+        used = modules.pop(Route(route), None)
+        unused |= {
+            id(each) for module in modules.values() if module is not used for each in parameters(module).values()
+        }
+    # the largest first and one by one, so that what reading and casting take beside them is least
+    for array in sorted(parameters(model).values(), key=lambda array: -array.nbytes):
+        if id(array) not in unused:
+            mx.eval(array)
 
 
 def read_model(directory: Path) -> "Model":

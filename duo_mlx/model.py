@@ -4,147 +4,24 @@ Attention, RoPE variants, sliding windows, masks and caches are mlx-lm's own; wh
 the routes, which are an argument of the pass. The method is Duo-LLM's (arXiv 2410.10846, section "Model").
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import llama
-from mlx_lm.models.activations import swiglu
-from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
+from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from numpy.typing import NDArray
 
 from duo_mlx import conditional
 from duo_mlx.arguments import KnownPattern, ModelArgs
 from duo_mlx.errors import DuoError
-from duo_mlx.products import join, onto
+from duo_mlx.llama_parts import MLP, Attention, RMSNorm, Rotation
 from duo_mlx.router import LinearRouter, Router
 from duo_mlx.routes import LETTERS, Route
 
 __all__ = ["KnownPattern", "Model", "ModelArgs"]
-
-
-def _decodes_on_cpu(tokens: int) -> bool:
-    """Whether a pass is a single token on the CPU, where some of MLX's fused primitives are many small ones.
-
-    In a small model these take longer than what they stand between, the products with its weights.
-    """
-    return tokens == 1 and mx.default_device().type == mx.DeviceType.cpu
-
-
-def _row(x: mx.array | None) -> mx.array | None:
-    """``[batch, 1, width]`` as ``[batch, width]``: around a product of matrices nothing has to be reshaped."""
-    return None if x is None else x[:, 0]
-
-
-@mx.compile
-def _norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    return mx.fast.rms_norm(x, weight, eps)
-
-
-class RMSNorm(nn.RMSNorm):
-    """MLX's own; compiled where that makes 3 primitives of 11."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if _decodes_on_cpu(x.shape[-2]):
-            return _norm(x, self.weight, self.eps)
-        normed: mx.array = super().__call__(x)
-        return normed
-
-
-Rotation = Callable[[mx.array], mx.array]  # of queries or keys [batch, heads, tokens, head_dim] at a pass's positions
-
-
-class Attention(llama.Attention):
-    """Llama's attention in two halves, of which a skipped token needs the first: its keys and values."""
-
-    def __init__(self, args: ModelArgs):
-        super().__init__(args)
-        self._qkv: nn.Module | None = None  # see `Model.fuse`
-
-    def __call__(
-        self,
-        x: mx.array,
-        mask: mx.array | str | None,
-        cache: Any,
-        rotate: Rotation,
-        residual: mx.array | None = None,
-    ) -> mx.array:
-        """What attention gives ``x [batch, tokens, hidden]``, added to the ``residual`` if there is one."""
-        batch, tokens, _ = x.shape
-        if tokens == 1 and self._qkv is not None:
-            rotated = self.n_heads + self.n_kv_heads
-            heads = self._heads(self._qkv(_row(x)), batch, 1)
-            both = rotate(heads[:, :rotated])
-            queries, keys, values = both[:, : self.n_heads], both[:, self.n_heads :], heads[:, rotated:]
-            if cache is not None:
-                keys, values = cache.update_and_fetch(keys, values)
-        else:
-            queries = rotate(self._heads(self.q_proj(x), batch, tokens))
-            keys, values = self.remember(x, cache, rotate)
-        if _decodes_on_cpu(tokens):  # heads that share keys as positions that do, or each would get a copy of them
-            queries = queries.reshape(batch, self.n_kv_heads, -1, self.head_dim)
-        mixed = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
-        if tokens == 1:
-            return onto(_row(residual), self.o_proj, mixed.reshape(batch, -1))[:, None]
-        out: mx.array = self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1))
-        return out if residual is None else residual + out
-
-    def remember(self, x: mx.array, cache: Any, rotate: Rotation) -> tuple[mx.array, mx.array]:
-        """Keys and values of ``x [batch, tokens, hidden]``, written to the cache if there is one; all that it holds."""
-        keys = rotate(self._heads(self.k_proj(x), *x.shape[:2]))
-        values = self._heads(self.v_proj(x), *x.shape[:2])
-        if cache is None:
-            return keys, values
-        fetched: tuple[mx.array, mx.array] = cache.update_and_fetch(keys, values)
-        return fetched
-
-    def fuse(self) -> None:
-        """Decode with one product for queries, keys and values, where they are stored alike."""
-        self._qkv = join([self.q_proj, self.k_proj, self.v_proj])
-
-    def rotation(self, tokens: int, cache: Any) -> Rotation:
-        """How a pass over ``tokens`` after what the cache holds rotates the queries and keys of every layer."""
-        offset = 0 if cache is None else cache.offset
-        if _decodes_on_cpu(tokens) and isinstance(offset, int):
-            # mx.fast.rope would be 29 primitives twice a layer. At one position a rotation is one matrix for all
-            # layers: what it makes of the unit vectors.
-            units = mx.eye(self.head_dim)[None, :, None]
-            matrix = self.rope(units, offset=offset)[0, :, 0]
-            return lambda x: x @ matrix.astype(x.dtype)
-        return lambda x: self.rope(x, offset=offset)
-
-    def _heads(self, x: mx.array, batch: int, tokens: int) -> mx.array:
-        """``[batch, tokens, heads * head_dim]`` as ``[batch, heads, tokens, head_dim]``."""
-        if tokens == 1:
-            return x.reshape(batch, -1, 1, self.head_dim)
-        return x.reshape(batch, tokens, -1, self.head_dim).transpose(0, 2, 1, 3)
-
-
-class MLP(llama.MLP):
-    """Llama's FFN, SwiGLU; a single token passes as a matrix of one row, which saves primitives around its products."""
-
-    def __init__(self, args: ModelArgs):
-        super().__init__(args)
-        self._gate_up: nn.Module | None = None  # see `Model.fuse`
-
-    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
-        if x.ndim < 3 or x.shape[1] != 1:
-            out: mx.array = super().__call__(x)
-            return out if residual is None else residual + out
-        row = _row(x)
-        if self._gate_up is None:
-            inner = swiglu(self.gate_proj(row), self.up_proj(row))
-        else:
-            inner = swiglu(*mx.split(self._gate_up(row), 2, axis=-1))
-        return onto(_row(residual), self.down_proj, inner)[:, None]
-
-    def fuse(self) -> None:
-        """Decode with one product for gate and up, where they are stored alike."""
-        self._gate_up = join([self.gate_proj, self.up_proj])
 
 
 class RouterWeights(nn.Module):

@@ -1,5 +1,6 @@
 """Model directories: what loads, what is refused with which line, and outputs that are whole or not there."""
 
+import io
 import json
 import shutil
 
@@ -11,6 +12,7 @@ import duo_mlx
 from duo_mlx import checkpoint
 from duo_mlx.errors import DuoError
 from duo_mlx.files import output_directory
+from duo_mlx.routes import parse_pattern
 
 
 @pytest.fixture
@@ -174,3 +176,39 @@ def test_the_index_names_every_tensor(saved):
     weights = checkpoint.parameters(model)
     assert index["weight_map"] == dict.fromkeys(sorted(weights), "model.safetensors")
     assert index["metadata"]["total_size"] == sum(np.array(value).nbytes for value in weights.values())
+
+
+# --- what is read ------------------------------------------------------------------------------------------------
+
+
+def unread(model):
+    """The FFNs whose weights are still unevaluated reads of a file, ``layer.module``."""
+    left = set()
+    for index, layer in enumerate(model.layers):
+        for name in ("big", "small"):
+            file = io.StringIO()
+            mx.export_to_dot(file, layer.mlp[name].up_proj.weight)
+            if "shape=rectangle" in file.getvalue():
+                left.add(f"{index}.{name}")
+    return left
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_weights_that_no_route_uses_stay_unread(saved, fuse):
+    everything = {f"{layer}.{name}" for layer in range(4) for name in ("big", "small")}
+    model, tokenizer = duo_mlx.load(saved()[0], lazy=True, fuse=fuse)
+    assert unread(model) == everything
+    checkpoint.read_weights(model, parse_pattern("Bs-s", 4))
+    assert unread(model) == everything - {"0.big", "1.small", "3.small"}
+    duo_mlx.generate(model, tokenizer, [3, 5], route="Bs-s", max_tokens=3)
+    assert unread(model) == everything - {"0.big", "1.small", "3.small"}
+    checkpoint.read_weights(model)
+    assert unread(model) == set()
+
+
+def test_small_reads_big_where_there_is_no_small(saved):
+    model, _ = duo_mlx.load(saved(small_layers=[1])[0], lazy=True)
+    checkpoint.read_weights(model, parse_pattern("ss--", 4))
+    file = io.StringIO()
+    mx.export_to_dot(file, model.layers[0].mlp.big.up_proj.weight)
+    assert "shape=rectangle" not in file.getvalue()

@@ -247,3 +247,22 @@ def test_the_count_sees_routes_read_from_the_device(tiny_model, waits):
     waits.clear()
     decode(model, 12)
     assert waits["route"] == LAYERS * (2 + 1 + 12)  # prefill chunks, the prompt's last token, one step ahead each
+
+
+@pytest.mark.parametrize("strategy", ["planned", "auto"])
+def test_routes_from_a_look_ahead_are_read_once_a_token(tiny_model, waits, strategy):
+    """All layers' routes from the token itself: the wait for them is the wait for the token, which is then there."""
+    model = tiny_model()
+
+    class LookAhead:
+        layers, make_cache = model.layers, model.make_cache
+
+        def __call__(self, tokens, cache):
+            routes = (tokens[..., None] + mx.arange(LAYERS)) % len(Route)
+            return model(tokens, cache=cache, routes=routes, strategy=strategy)
+
+    steps = generate_step(mx.arange(7), LookAhead(), max_tokens=12)
+    next(steps)
+    waits.clear()
+    assert len(list(steps)) == 11
+    assert waits["route"] == waits["item"] == 11 and waits["eval"] == 0

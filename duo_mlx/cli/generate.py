@@ -74,14 +74,15 @@ def command(
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
-    from duo_mlx.checkpoint import load
+    from duo_mlx.checkpoint import load, read_weights
     from duo_mlx.cli.painter import RoutePainter
     from duo_mlx.cli.statistics import Run
     from duo_mlx.errors import DuoError
     from duo_mlx.generation import encode, policy_of, room, stream_generate
+    from duo_mlx.policies import FixedPolicy
     from duo_mlx.router import Router
 
-    loaded, tokenizer = load(model, revision=revision, fuse=True)
+    loaded, tokenizer = load(model, revision=revision, lazy=True, fuse=True)
     for token in stop_tokens:
         _add_stop_token(tokenizer, token)
     spec = route or loaded.args.default_route
@@ -91,6 +92,7 @@ def command(
     if limit is not None and limit < max_tokens:
         click.echo(f"duo-mlx: only {limit} of {max_tokens} tokens fit after the prompt", err=True)
     mx.random.seed(seed)
+    read_weights(loaded, policy.pattern if isinstance(policy, FixedPolicy) else None)
 
     run = Run(loaded, spec, strategy, seed, by_router=isinstance(policy, Router))
     painter = RoutePainter(tokenizer, tokens, sys.stdout) if show_routes and not as_json else None
