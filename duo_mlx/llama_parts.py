@@ -26,7 +26,7 @@ def _decodes_on_cpu(tokens: int) -> bool:
 
 def _row(x: mx.array | None) -> mx.array | None:
     """``[batch, 1, width]`` as ``[batch, width]``: around a product of matrices nothing has to be reshaped."""
-    return None if x is None else x[:, 0]
+    return None if x is None else x.reshape(x.shape[0], -1)
 
 
 @mx.compile

@@ -63,7 +63,8 @@ def _print(found: dict[str, Any]) -> None:
         console.print(shown)
 
     table("machine", "", "", rows=_machine(found))
-    table("energy meters", "", "", rows=[(each["name"], each["label"] or each["why"]) for each in found["meters"]])
+    meters = [(each["name"], "; ".join([each["label"] or each["why"], *each["notes"]])) for each in found["meters"]]
+    table("energy meters", "", "", rows=meters)
     if found["no_kernels"]:
         table("kernels", "", rows=[(f"not checked: {found['no_kernels']}",)])
     checks, rows = found["checks"], sorted({check["rows"] for check in found["checks"]})
