@@ -56,10 +56,11 @@ class LinearRouter(Router):
         self._are_indices = self.choices == tuple(range(len(self.choices)))
 
     def routes(self, layer: int, x: mx.array) -> mx.array:
-        logits = x @ self._columns[layer]
+        one = x.shape[1] == 1  # then rows are a matrix, and [batch, 1] is what argmax leaves of one
+        logits = (x.reshape(x.shape[0], -1) if one else x) @ self._columns[layer]
         if self._moves:
             logits = logits.astype(mx.float32) + self.offsets
-        largest = mx.argmax(logits, axis=-1)
+        largest = mx.argmax(logits, axis=-1, keepdims=one)
         return largest if self._are_indices else self._choices[largest]
 
     def decide(
