@@ -17,6 +17,7 @@ import click
 import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes)
 
 # isort: split
+from duo_mlx.bench import options
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.peer import (
     PATTERNS,
@@ -29,7 +30,7 @@ from duo_mlx.bench.peer import (
     spread,
     step_bytes,
 )
-from duo_mlx.bench.prefill import CLOCKS, SHAPE
+from duo_mlx.bench.prefill import CLOCKS
 from duo_mlx.bench.record import check_output, run, system, write_output
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
@@ -96,17 +97,15 @@ def table(result: list[dict[str, Any]]) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option(
-    "--model", "directory", type=click.Path(path_type=Path), help="A model directory in place of random weights."
-)
+@options.model
 @click.option("--contexts", default="128,1024,4096,8192", callback=parse_contexts, help="Positions in the cache.")
-@click.option("--rounds", type=click.IntRange(1), default=10, help="Interleaved rounds, each there and back.")
+@options.rounds
 @click.option("--tokens", type=click.IntRange(1), default=8, help="Tokens decoded in a run.")
-@click.option("--layers", type=click.IntRange(1), default=SHAPE["num_hidden_layers"], help="Layers, where random.")
+@options.layers
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of weights and caches.")
-@click.option("--clock", type=click.Choice(list(CLOCKS)), default="wall", help="wall; or the process's cpu seconds.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the result to a .json or .csv file.")
-@click.option("--force", is_flag=True, help="Replace an existing --out.")
+@options.clock
+@options.out
+@options.force
 def command(
     directory: Path | None,
     contexts: list[int],
@@ -137,12 +136,12 @@ def command(
     result = summary(timings, model, contexts, tokens)
     click.echo(table(result))
     if out:
-        of = f"--model {directory.name}" if directory else f"--layers {layers}"
-        options = f"--contexts {','.join(map(str, contexts))} --rounds {rounds} --tokens {tokens}"
+        of = options.weights_of(directory, layers)
+        arguments = f"--contexts {','.join(map(str, contexts))} --rounds {rounds} --tokens {tokens}"
         write_output(
             out,
             {
-                "command": f"python -m duo_mlx.bench.context {of} {options} --seed {seed} --clock {clock}",
+                "command": f"python -m duo_mlx.bench.context {of} {arguments} --seed {seed} --clock {clock}",
                 "system": before,
                 "load_average_after": os.getloadavg(),
                 "shape": vars(model.args),

@@ -25,6 +25,7 @@ import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes
 import mlx.core as mx
 import numpy as np
 
+from duo_mlx.bench import options
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.peer import (
     PATTERNS,
@@ -39,7 +40,7 @@ from duo_mlx.bench.peer import (
     spread,
     step_bytes,
 )
-from duo_mlx.bench.prefill import CLOCKS, SHAPE
+from duo_mlx.bench.prefill import CLOCKS
 from duo_mlx.bench.record import check_output, run, system, write_output
 from duo_mlx.conditional import STRATEGIES
 from duo_mlx.generation import RoutedModel
@@ -130,22 +131,20 @@ def line(name: str, of: dict[str, Any]) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option(
-    "--model", "directory", type=click.Path(path_type=Path), help="A model directory in place of random weights."
-)
+@options.model
 @click.option(
     "--against", type=click.Choice(["mlx-lm", "none"]), default="mlx-lm", help="What to compare all-big with."
 )
-@click.option("--rounds", type=click.IntRange(1), default=10, help="Interleaved rounds, each there and back.")
+@options.rounds
 @click.option("--tokens", type=click.IntRange(1), default=32, help="Tokens decoded in a run.")
 @click.option("--context", type=click.IntRange(1), default=128, help="Positions in the cache before a run.")
 @click.option("--prefill", type=click.IntRange(1), default=512, help="Length of the prompt whose prefill is timed.")
-@click.option("--layers", type=click.IntRange(1), default=SHAPE["num_hidden_layers"], help="Layers, where random.")
+@options.layers
 @click.option("--strategy", type=click.Choice(STRATEGIES), default="auto", help="How the router's routes are run.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of weights, prompt and caches.")
-@click.option("--clock", type=click.Choice(list(CLOCKS)), default="wall", help="wall; or the process's cpu seconds.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the result to a .json or .csv file.")
-@click.option("--force", is_flag=True, help="Replace an existing --out.")
+@options.clock
+@options.out
+@options.force
 def command(
     directory: Path | None,
     against: str,
@@ -203,13 +202,13 @@ def command(
         runs |= {f"prefill {name}": seconds for name, seconds in timed.runs.items()}
     click.echo(table(result))
     if out:
-        of = f"--model {directory.name}" if directory else f"--layers {layers}"
-        options = f"--against {against} --rounds {rounds} --tokens {tokens} --context {context} --prefill {prefill}"
-        options = f"{options} --strategy {strategy} --seed {seed} --clock {clock}"
+        of = options.weights_of(directory, layers)
+        arguments = f"--against {against} --rounds {rounds} --tokens {tokens} --context {context} --prefill {prefill}"
+        arguments = f"{arguments} --strategy {strategy} --seed {seed} --clock {clock}"
         write_output(
             out,
             {
-                "command": f"python -m duo_mlx.bench.decode {of} {options}",
+                "command": f"python -m duo_mlx.bench.decode {of} {arguments}",
                 "system": before,
                 "load_average_after": os.getloadavg(),
                 "shape": vars(model.args),

@@ -32,6 +32,7 @@ import numpy as np
 from mlx_lm.generate import generate_step
 
 from duo_mlx import checkpoint
+from duo_mlx.bench import options
 from duo_mlx.bench.peer import open_model, primitives
 from duo_mlx.bench.prefill import SHAPE
 from duo_mlx.bench.record import check_output, run, system, write_output
@@ -150,10 +151,10 @@ def table(result: dict[str, Any]) -> str:
 )
 @click.option("--prompt", type=click.IntRange(1), default=128, help="Tokens of the prompt.")
 @click.option("--tokens", type=click.IntRange(1), default=32, help="Tokens generated.")
-@click.option("--layers", type=click.IntRange(1), default=SHAPE["num_hidden_layers"], help="Layers, where random.")
+@options.layers
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the weights.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to a .json file.")
-@click.option("--force", is_flag=True, help="Replace an existing --out.")
+@options.force
 def command(
     given: Path | None, dtype: str, prompt: int, tokens: int, layers: int, seed: int, out: Path | None, force: bool
 ) -> None:
@@ -173,8 +174,8 @@ def command(
     click.echo(table(result))
     if out:
         of = f"--model {given.name}" if given else f"--layers {layers} --dtype {dtype}"
-        options = f"--prompt {prompt} --tokens {tokens} --seed {seed}"
-        record = {"command": f"python -m duo_mlx.bench.memory {of} {options}", "system": system(), "cases": result}
+        arguments = f"--prompt {prompt} --tokens {tokens} --seed {seed}"
+        record = {"command": f"python -m duo_mlx.bench.memory {of} {arguments}", "system": system(), "cases": result}
         write_output(out, record)
 
 

@@ -26,6 +26,7 @@ import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes
 import mlx.core as mx
 import numpy as np
 
+from duo_mlx.bench import options
 from duo_mlx.bench.budget import evenly_spaced
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.peer import open_model, routed, spread, step_bytes
@@ -136,9 +137,9 @@ def table(result: dict[str, Any]) -> str:
 @click.option("--layers", type=click.IntRange(3), default=SHAPE["num_hidden_layers"], help="Layers of the model.")
 @click.option("--megabytes", type=click.IntRange(1), default=256, help="Weights that the bandwidth is measured with.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of weights and caches.")
-@click.option("--clock", type=click.Choice(list(CLOCKS)), default="wall", help="wall; or the process's cpu seconds.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the result to a .json or .csv file.")
-@click.option("--force", is_flag=True, help="Replace an existing --out.")
+@options.clock
+@options.out
+@options.force
 def command(
     rounds: int,
     tokens: int,
@@ -175,9 +176,9 @@ def command(
     result = summary(timings, work, product_bytes, tokens + 1)
     click.echo(table(result))
     if out:
-        options = f"--rounds {rounds} --tokens {tokens} --context {context} --layers {layers} --megabytes {megabytes}"
+        arguments = f"--rounds {rounds} --tokens {tokens} --context {context} --layers {layers} --megabytes {megabytes}"
         record = {
-            "command": f"python -m duo_mlx.bench.mixes {options} --seed {seed} --clock {clock}",
+            "command": f"python -m duo_mlx.bench.mixes {arguments} --seed {seed} --clock {clock}",
             "system": before,
             "load_average_after": os.getloadavg(),
             "shape": SHAPE | {"num_hidden_layers": layers},

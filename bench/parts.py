@@ -25,9 +25,10 @@ import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes
 import mlx.core as mx
 import numpy as np
 
+from duo_mlx.bench import options
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.peer import PATTERNS, Decoder, check_context, decoders, llama_twin, open_model
-from duo_mlx.bench.prefill import CLOCKS, SHAPE
+from duo_mlx.bench.prefill import CLOCKS
 from duo_mlx.bench.record import check_output, run, system, write_output
 from duo_mlx.model import Layer, Model
 
@@ -160,17 +161,15 @@ def table(result: dict[str, Any]) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option(
-    "--model", "directory", type=click.Path(path_type=Path), help="A model directory in place of random weights."
-)
+@options.model
 @click.option("--rounds", type=click.IntRange(1), default=20, help="Interleaved rounds, each there and back.")
 @click.option("--tokens", type=click.IntRange(1), default=8, help="Tokens decoded in a run of whole decoding.")
 @click.option("--context", type=click.IntRange(1), default=128, help="Positions in the cache before a step.")
-@click.option("--layers", type=click.IntRange(1), default=SHAPE["num_hidden_layers"], help="Layers, where random.")
+@options.layers
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of weights and caches.")
-@click.option("--clock", type=click.Choice(list(CLOCKS)), default="wall", help="wall; or the process's cpu seconds.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the result to a .json or .csv file.")
-@click.option("--force", is_flag=True, help="Replace an existing --out.")
+@options.clock
+@options.out
+@options.force
 def command(
     directory: Path | None,
     rounds: int,
@@ -200,12 +199,12 @@ def command(
     result = summary(timings, tokens)
     click.echo(table(result))
     if out:
-        of = f"--model {directory.name}" if directory else f"--layers {layers}"
-        options = f"--rounds {rounds} --tokens {tokens} --context {context} --seed {seed} --clock {clock}"
+        of = options.weights_of(directory, layers)
+        arguments = f"--rounds {rounds} --tokens {tokens} --context {context} --seed {seed} --clock {clock}"
         write_output(
             out,
             {
-                "command": f"python -m duo_mlx.bench.parts {of} {options}",
+                "command": f"python -m duo_mlx.bench.parts {of} {arguments}",
                 "system": before,
                 "load_average_after": os.getloadavg(),
                 "shape": vars(model.args),
