@@ -3,10 +3,11 @@
     OPENBLAS_NUM_THREADS=1 python -m duo_mlx.bench.mixes --out mixes.json
 
 Decodes by fixed patterns, from all big to all skip, and compares each pattern's time over all big's with what
-`duo_mlx.projection.seconds` makes of the bytes that the pattern reads and of the primitives in its graph. The two
-constants are measured in the same interleaved rounds by two benchmarks that know nothing of the mixes: the bandwidth by
-products of a vector with weights of big's shape, more than the caches hold, and the cost of a primitive by a chain of
-small ones. Nothing is fitted.
+`duo_mlx.projection.seconds` makes of the bytes that the pattern reads and of the primitives in its graph. The constants
+are measured in the same interleaved rounds by benchmarks that know nothing of the mixes: the bandwidth by products of a
+vector with weights of big's shape, more than the caches hold, and the cost of a primitive by a chain of small ones. The
+head, which is in every mix and which a CPU reads faster than that (`duo_mlx.products.tall`), is timed by itself.
+Nothing is fitted.
 
 The default shape is SmolLM2-135M's with a small FFN 16 times narrower and random weights. On a machine that is busy
 otherwise, ``--clock cpu`` counts the process's own seconds. What the host spends on building graphs, which overlaps
@@ -32,6 +33,7 @@ from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.peer import open_model, routed, spread, step_bytes
 from duo_mlx.bench.prefill import CLOCKS, SHAPE
 from duo_mlx.bench.record import check_output, run, system, write_output
+from duo_mlx.ffns import nbytes
 from duo_mlx.model import Model
 from duo_mlx.policies import FixedPolicy
 from duo_mlx.projection import Constants, seconds
@@ -39,7 +41,7 @@ from duo_mlx.routes import Route, Routes, format_pattern
 from duo_mlx.work import Work
 
 BIG = "all big"  # what every ratio is over
-PRODUCTS, CHAIN = "products", "chain"  # the benchmarks of the constants
+PRODUCTS, CHAIN, HEAD = "products", "chain", "head"  # the benchmarks of the constants
 CHAIN_LENGTH = 1000
 LIMIT = 0.15  # how far a predicted ratio may be from the measured one
 
@@ -81,14 +83,26 @@ def chain(model: Model) -> Callable[[], None]:
     return call
 
 
-def summary(timings: Timings, work: dict[str, Work], product_bytes: int, steps: int) -> dict[str, Any]:
+def head(model: Model) -> Callable[[], None]:
+    """The logits of one token."""
+    row = mx.random.normal((1, model.args.hidden_size))
+    mx.eval(row)
+    return lambda: mx.eval(model.head(row))
+
+
+def summary(
+    timings: Timings, work: dict[str, Work], product_bytes: int, head_bytes: int, steps: int
+) -> dict[str, Any]:
     """The constants, and for each mix what was predicted of it and what was measured."""
     constants = Constants(
         bandwidth_bytes_s=product_bytes / timings.median(PRODUCTS),
         dispatch_s=timings.median(CHAIN) / CHAIN_LENGTH,
         read_back_s=0.0,  # routes are the host's: nothing waits
     )
-    predicted = {name: seconds(each, constants) for name, each in work.items()}
+    of_head = timings.median(HEAD)
+    predicted = {
+        name: of_head + seconds(each._replace(bytes=each.bytes - head_bytes), constants) for name, each in work.items()
+    }
     found = {}
     for name, each in work.items():
         measured = spread(timings.ratios(name, {BIG: 1}))
@@ -105,7 +119,7 @@ def summary(timings: Timings, work: dict[str, Work], product_bytes: int, steps: 
             "error": ratio / measured["median"] - 1,
         }
     return {
-        "constants": constants._asdict(),
+        "constants": constants._asdict() | {"head_s": of_head},
         "mixes": found,
         "largest_error": max(abs(each["error"]) for each in found.values()),
         "limit": LIMIT,
@@ -117,7 +131,8 @@ def table(result: dict[str, Any]) -> str:
     constants = result["constants"]
     bandwidth, primitive = constants["bandwidth_bytes_s"], constants["dispatch_s"]
     lines = [
-        f"bandwidth {bandwidth / 1e9:.2f} GB/s, a primitive {1e6 * primitive:.2f} us",
+        f"bandwidth {bandwidth / 1e9:.2f} GB/s, a primitive {1e6 * primitive:.2f} us, "
+        f"the head {1e3 * constants['head_s']:.2f} ms",
         f"{'mix':<26} {'MB':>7} {'primitives':>11} {'ms':>7} {'predicted':>10} {'ratio':>7} {'predicted':>10} "
         f"{'bytes':>7} {'error':>7}",
     ]
@@ -168,12 +183,12 @@ def command(
 
     before = system()
     timings = interleave(
-        {name: decode(name) for name in patterns} | {PRODUCTS: multiply, CHAIN: chain(model)},
+        {name: decode(name) for name in patterns} | {PRODUCTS: multiply, CHAIN: chain(model), HEAD: head(model)},
         rounds,
         after_round=lambda done: click.echo(f"round {done} of {rounds}", err=True),
         clock=CLOCKS[clock],
     )
-    result = summary(timings, work, product_bytes, tokens + 1)
+    result = summary(timings, work, product_bytes, nbytes(model.model.embed_tokens), tokens + 1)
     click.echo(table(result))
     if out:
         arguments = f"--rounds {rounds} --tokens {tokens} --context {context} --layers {layers} --megabytes {megabytes}"

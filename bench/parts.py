@@ -53,7 +53,7 @@ def sample(logits: mx.array) -> mx.array:
 
 def parts(model: Model, cache: list[Any]) -> dict[str, Build]:
     """What builds each part of a decoding step after what ``cache`` holds."""
-    x = mx.random.normal((1, 1, model.args.hidden_size), model.model.norm.weight.dtype)
+    x = mx.random.normal((1, model.args.hidden_size), model.model.norm.weight.dtype)  # as a single token passes
     logits = mx.random.normal((1, 1, model.args.vocab_size), x.dtype)
     mx.eval(x, logits)
 

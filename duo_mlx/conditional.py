@@ -33,7 +33,8 @@ from duo_mlx.kernels import fused, launch
 from duo_mlx.router import Router
 from duo_mlx.routes import Route, Routes, check_routes
 
-# What one layer's tokens do: one route for all of them, or [batch, tokens] on the host or on the device.
+# What one layer's tokens do: one route for all of them, or [batch, tokens] on the host or on the device; [batch] for a
+# single token of each sequence, whose hidden states are [batch, hidden].
 LayerRoutes = Route | Routes | mx.array
 
 _reads = 0
@@ -86,10 +87,12 @@ def plan(
             if routes.shape not in ((layers,), (batch, tokens, layers)):
                 check_routes(np.zeros(routes.shape, np.uint8), batch, tokens, layers)
             columns = mx.broadcast_to(routes, (batch, tokens, layers))
+            columns = columns[:, 0] if tokens == 1 else columns
             return [columns[..., layer] for layer in range(layers)]
     host = check_routes(routes, batch, tokens, layers)
     if host.ndim == 1:
         return [Route(route) for route in host.tolist()]
+    host = host[:, 0] if tokens == 1 else host
     return [_shared(host[..., layer]) for layer in range(layers)]
 
 
@@ -121,14 +124,14 @@ def decide(
 
 
 def resolve(strategy: str, ffns: FFNs, x: mx.array, known_by: str) -> str:
-    """What ``strategy`` comes to for tokens ``x [batch, tokens, hidden]`` whose routes differ or only the device knows.
+    """What ``strategy`` comes to for tokens ``x [..., hidden]`` whose routes differ or only the device knows.
 
     ``auto`` chooses. ``masked`` and ``fused`` are for decoding: more tokens than a decoding batch has are ``sorted``.
 
     Raises:
         DuoError: the strategy cannot run here.
     """
-    rows = x.shape[0] * x.shape[1]
+    rows = x.size // x.shape[-1]
     if strategy == "auto":
         return auto.choose(ffns, rows, x.dtype, known_by)
     if strategy in ("masked", "fused"):
@@ -139,7 +142,7 @@ def resolve(strategy: str, ffns: FFNs, x: mx.array, known_by: str) -> str:
 
 
 def run(ffns: FFNs, x: mx.array, route: LayerRoutes, by: str, residual: mx.array) -> mx.array:
-    """``residual`` plus the routed FFNs' output for the normalised ``x``, all ``[batch, tokens, hidden]``.
+    """``residual`` plus the routed FFNs' output for the normalised ``x``, all ``[..., hidden]``; routes are ``[...]``.
 
     ``by`` is the strategy that `decide` found.
     """
@@ -153,7 +156,7 @@ def run(ffns: FFNs, x: mx.array, route: LayerRoutes, by: str, residual: mx.array
 
 
 def keep_unless_skipped(values: mx.array, route: LayerRoutes) -> mx.array:
-    """``values [batch, tokens, hidden]`` with zeros at the tokens that skip the layer."""
+    """``values [..., hidden]`` with zeros at the tokens that skip the layer."""
     if isinstance(route, Route):
         return mx.zeros_like(values) if route is Route.SKIP else values
     return mx.where(_on_device(route)[..., None] == Route.SKIP, mx.zeros((), values.dtype), values)

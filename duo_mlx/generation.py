@@ -76,7 +76,7 @@ class RoutedModel(nn.Module):
         for passed in [earlier for earlier in self.decided if earlier < position]:
             del self.decided[passed]  # those of a prompt's chunks
         # each is evaluated with its pass, so that reading it does not wait for the next
-        return lambda: self.model.args.realised(np.array([np.array(route)[0, -1] for route in decided], np.uint8))
+        return lambda: self.model.args.realised(np.array([np.ravel(route[0])[-1] for route in decided], np.uint8))
 
     @property
     def layers(self) -> list[Layer]:

@@ -1,6 +1,7 @@
 """Llama's norm, attention and FFN as a Duo layer needs them; what they compute is mlx-lm's.
 
-A single token takes a shorter way through each of them: fewer reshapes, additions and products, the more so on the CPU.
+A pass over many tokens is ``[batch, tokens, hidden]``. A single token of each sequence, ``[batch, hidden]``, takes a
+shorter way through each of them: fewer reshapes, additions and products, the more so on the CPU.
 """
 
 from collections.abc import Callable
@@ -13,20 +14,7 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from duo_mlx.arguments import ModelArgs
-from duo_mlx.products import join, onto
-
-
-def _decodes_on_cpu(tokens: int) -> bool:
-    """Whether a pass is a single token on the CPU, where some of MLX's fused primitives are many small ones.
-
-    In a small model these take longer than what they stand between, the products with its weights.
-    """
-    return tokens == 1 and mx.default_device().type == mx.DeviceType.cpu
-
-
-def _row(x: mx.array | None) -> mx.array | None:
-    """``[batch, 1, width]`` as ``[batch, width]``: around a product of matrices nothing has to be reshaped."""
-    return None if x is None else x.reshape(x.shape[0], -1)
+from duo_mlx.products import join, on_cpu, onto
 
 
 @mx.compile
@@ -38,7 +26,7 @@ class RMSNorm(nn.RMSNorm):
     """MLX's own; compiled where that makes 3 primitives of 11."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if _decodes_on_cpu(x.shape[-2]):
+        if x.ndim == 2 and on_cpu():
             return _norm(x, self.weight, self.eps)
         normed: mx.array = super().__call__(x)
         return normed
@@ -62,30 +50,30 @@ class Attention(llama.Attention):
         rotate: Rotation,
         residual: mx.array | None = None,
     ) -> mx.array:
-        """What attention gives ``x [batch, tokens, hidden]``, added to the ``residual`` if there is one."""
-        batch, tokens, _ = x.shape
-        if tokens == 1 and self._qkv is not None:
+        """What attention gives ``x [batch, tokens, hidden]`` or ``[batch, hidden]``, added to a ``residual``."""
+        single = x.ndim == 2
+        if single and self._qkv is not None:
             rotated = self.n_heads + self.n_kv_heads
-            heads = self._heads(self._qkv(_row(x)), batch, 1)
+            heads = self._heads(self._qkv(x))
             both = rotate(heads[:, :rotated])
             queries, keys, values = both[:, : self.n_heads], both[:, self.n_heads :], heads[:, rotated:]
             if cache is not None:
                 keys, values = cache.update_and_fetch(keys, values)
         else:
-            queries = rotate(self._heads(self.q_proj(x), batch, tokens))
+            queries = rotate(self._heads(self.q_proj(x)))
             keys, values = self.remember(x, cache, rotate)
-        if _decodes_on_cpu(tokens):  # heads that share keys as positions that do, or each would get a copy of them
-            queries = queries.reshape(batch, self.n_kv_heads, -1, self.head_dim)
+        if single and on_cpu():  # heads that share keys as positions that do, or each would get a copy of them
+            queries = queries.reshape(len(x), self.n_kv_heads, -1, self.head_dim)
         mixed = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
-        if tokens == 1:
-            return onto(_row(residual), self.o_proj, mixed.reshape(batch, -1))[:, None]
-        out: mx.array = self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1))
+        if single:
+            return onto(residual, self.o_proj, mixed.reshape(len(x), -1))
+        out: mx.array = self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
         return out if residual is None else residual + out
 
     def remember(self, x: mx.array, cache: Any, rotate: Rotation) -> tuple[mx.array, mx.array]:
-        """Keys and values of ``x [batch, tokens, hidden]``, written to the cache if there is one; all that it holds."""
-        keys = rotate(self._heads(self.k_proj(x), *x.shape[:2]))
-        values = self._heads(self.v_proj(x), *x.shape[:2])
+        """Keys and values of ``x``, written to the cache if there is one; all that it holds."""
+        keys = rotate(self._heads(self.k_proj(x)))
+        values = self._heads(self.v_proj(x))
         if cache is None:
             return keys, values
         fetched: tuple[mx.array, mx.array] = cache.update_and_fetch(keys, values)
@@ -98,7 +86,7 @@ class Attention(llama.Attention):
     def rotation(self, tokens: int, cache: Any) -> Rotation:
         """How a pass over ``tokens`` after what the cache holds rotates the queries and keys of every layer."""
         offset = 0 if cache is None else cache.offset
-        if _decodes_on_cpu(tokens) and isinstance(offset, int):
+        if tokens == 1 and on_cpu() and isinstance(offset, int):
             # mx.fast.rope would be 29 primitives twice a layer. At one position a rotation is one matrix for all
             # layers: what it makes of the unit vectors.
             units = mx.eye(self.head_dim)[None, :, None]
@@ -106,30 +94,30 @@ class Attention(llama.Attention):
             return lambda x: x @ matrix.astype(x.dtype)
         return lambda x: self.rope(x, offset=offset)
 
-    def _heads(self, x: mx.array, batch: int, tokens: int) -> mx.array:
-        """``[batch, tokens, heads * head_dim]`` as ``[batch, heads, tokens, head_dim]``."""
-        if tokens == 1:
-            return x.reshape(batch, -1, 1, self.head_dim)
-        return x.reshape(batch, tokens, -1, self.head_dim).transpose(0, 2, 1, 3)
+    def _heads(self, x: mx.array) -> mx.array:
+        """``[batch, tokens, heads * head_dim]``, or without ``tokens``, as ``[batch, heads, tokens, head_dim]``."""
+        if x.ndim == 2:
+            return x.reshape(len(x), -1, 1, self.head_dim)
+        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
 
 
 class MLP(llama.MLP):
-    """Llama's FFN, SwiGLU; a single token passes as a matrix of one row, which saves primitives around its products."""
+    """Llama's FFN, SwiGLU."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
         self._gate_up: nn.Module | None = None  # see `Model.fuse`
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
-        if x.ndim < 3 or x.shape[1] != 1:
+        """What it gives ``x [..., hidden]``, added to the ``residual`` if there is one."""
+        if x.ndim > 2:
             out: mx.array = super().__call__(x)
             return out if residual is None else residual + out
-        row = _row(x)
         if self._gate_up is None:
-            inner = swiglu(self.gate_proj(row), self.up_proj(row))
+            inner = swiglu(self.gate_proj(x), self.up_proj(x))
         else:
-            inner = swiglu(*mx.split(self._gate_up(row), 2, axis=-1))
-        return onto(_row(residual), self.down_proj, inner)[:, None]
+            inner = swiglu(*mx.split(self._gate_up(x), 2, axis=-1))
+        return onto(residual, self.down_proj, inner)
 
     def fuse(self) -> None:
         """Decode with one product for gate and up, where they are stored alike."""

@@ -31,7 +31,7 @@ def refusal(ffns: FFNs, dtype: mx.Dtype) -> str | None:
 
 
 def run(ffns: FFNs, x: mx.array, route: mx.array) -> mx.array:
-    """The FFNs' output ``[batch, tokens, hidden]`` by the routes ``[batch, tokens]``; zeros where a token skips."""
+    """The FFNs' output ``[..., hidden]`` by the routes ``[...]``; zeros where a token skips."""
     rows, mask = x.reshape(-1, 1, x.shape[-1]), route.reshape(-1, 1, 1)
     if ffns.small is ffns.big:
         return _module(ffns.big, rows, mask != Route.SKIP).reshape(x.shape)

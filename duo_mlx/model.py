@@ -18,6 +18,7 @@ from duo_mlx import conditional
 from duo_mlx.arguments import KnownPattern, ModelArgs
 from duo_mlx.errors import DuoError
 from duo_mlx.llama_parts import MLP, Attention, RMSNorm, Rotation
+from duo_mlx.products import tall
 from duo_mlx.router import LinearRouter, Router
 from duo_mlx.routes import LETTERS, Route
 
@@ -120,9 +121,12 @@ class Decoder(nn.Module):
         caches = cache or [None] * len(self.layers)
         masks = self.masks(h, caches)
         rotate = self.layers[0].self_attn.rotation(h.shape[1], caches[0])
+        single = h.shape[1] == 1  # goes through the layers as [batch, hidden]
+        h = h[:, 0] if single else h
         for layer, layer_cache, route in zip(self.layers, caches, routes, strict=True):
             h = layer(h, masks[layer.use_sliding], layer_cache, rotate, route, strategy)
-        return self.norm(h)
+        h = self.norm(h)
+        return h[:, None] if single else h
 
     def masks(self, h: mx.array, caches: list[Any]) -> dict[bool, mx.array | str | None]:
         """The attention masks of a pass over ``h [batch, tokens, hidden]``, by whether a layer's attention slides."""
@@ -175,9 +179,10 @@ class Model(nn.Module):
 
     def head(self, out: mx.array) -> mx.array:
         """Logits ``[..., vocab]`` of what the decoder gave, ``[..., hidden]``."""
-        if self.args.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(out)
-        return self.lm_head(out)
+        table = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
+        if out.size == out.shape[-1] and type(table) in (nn.Embedding, nn.Linear):
+            return tall(out.reshape(1, -1), table.weight).reshape(*out.shape[:-1], -1)
+        return table.as_linear(out) if self.args.tie_word_embeddings else table(out)
 
     def router(self, offsets: mx.array | None = None) -> LinearRouter:
         """The model's own router; ``offsets [choices]`` are added to its logits.

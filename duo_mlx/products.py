@@ -1,8 +1,9 @@
-"""Fewer operations around products with weights: what is left to save where a small model decodes a token.
+"""Products with weights in fewer and faster operations: what is left to save where a small model decodes a token.
 
-`onto` adds a residual within the product. `join` makes several linear maps of one input one product: the weights are
-put one after the other into one array, and those of the parts become views of it. Names, numbers and bytes stay, and
-who needs a single part (a prefill, a masked product, a kernel, a token that only writes keys and values) finds it.
+`onto` adds a residual within the product. `tall` is a head's product in pieces that suit a CPU. `join` makes several
+linear maps of one input one product: the weights are put one after the other into one array, and those of the parts
+become views of it. Names, numbers and bytes stay, and who needs a single part (a prefill, a masked product, a kernel, a
+token that only writes keys and values) finds it.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 FORMAT = ("mode", "bits", "group_size")
+PIECES = 64  # of a tall product
+TALL = 256 * PIECES  # outputs
+
+
+def on_cpu() -> bool:
+    """Whether MLX runs on the CPU, where some of its fused primitives are many small ones.
+
+    Where a small model decodes, these take longer than what they stand between, the products with its weights.
+    """
+    return mx.default_device().type == mx.DeviceType.cpu
 
 
 def join(parts: Sequence[nn.Module]) -> nn.Module | None:
@@ -42,3 +53,15 @@ def onto(residual: mx.array | None, linear: nn.Module, row: mx.array) -> mx.arra
     if type(linear) is nn.Linear and "bias" not in linear:
         return mx.addmm(residual, row, linear.weight.T)
     return residual + linear(row)
+
+
+def tall(row: mx.array, weight: mx.array) -> mx.array:
+    """``row @ weight.T`` for a single ``[1, width]`` and the table of a vocabulary, ``[outputs, width]``.
+
+    On the CPU it is done in pieces, with which OpenBLAS reads the table about 10 % faster than at once, where the table
+    is tall enough and can be divided so.
+    """
+    outputs, width = weight.shape
+    if not on_cpu() or outputs < TALL or outputs % PIECES:
+        return row @ weight.T
+    return (row @ weight.reshape(PIECES, -1, width).swapaxes(1, 2)).reshape(1, outputs)

@@ -20,9 +20,10 @@ class Router(ABC):
 
     @abstractmethod
     def routes(self, layer: int, x: mx.array) -> mx.array:
-        """Integer routes ``[batch, tokens]`` of one layer from its normalised input ``x [batch, tokens, hidden]``.
+        """Integer routes ``[...]`` of one layer from its normalised input ``x [..., hidden]``.
 
-        That is the input of the layer's FFN, or of its attention where skipping bypasses attention, too.
+        A pass over many tokens has ``[batch, tokens, hidden]``, one over a single token ``[batch, hidden]``. The input
+        is the input of the layer's FFN, or of its attention where skipping bypasses attention, too.
         """
 
     def decide(
@@ -56,24 +57,23 @@ class LinearRouter(Router):
         self._are_indices = self.choices == tuple(range(len(self.choices)))
 
     def routes(self, layer: int, x: mx.array) -> mx.array:
-        one = x.shape[1] == 1  # then rows are a matrix, and [batch, 1] is what argmax leaves of one
-        logits = (x.reshape(x.shape[0], -1) if one else x) @ self._columns[layer]
+        logits = x @ self._columns[layer]
         if self._moves:
             logits = logits.astype(mx.float32) + self.offsets
-        largest = mx.argmax(logits, axis=-1, keepdims=one)
+        largest = mx.argmax(logits, axis=-1)
         return largest if self._are_indices else self._choices[largest]
 
     def decide(
         self, layer: int, h: mx.array, norm: nn.RMSNorm, in_one_kernel: bool = False
     ) -> tuple[mx.array, mx.array]:
-        rows = h.shape[0] * h.shape[1]
+        rows = h.size // h.shape[-1]
         if in_one_kernel and auto.router_refusal(h.shape[-1], len(self.choices), rows, h.dtype) is None:
             return fused.decide(h, norm, self.weights[layer], self.offsets, self.choices)
         return super().decide(layer, h, norm)
 
 
 class Recorder(Router):
-    """Another router, whose routes of the last pass are kept, ``taken``: ``[batch, tokens]`` a layer."""
+    """Another router, whose routes of the last pass are kept, ``taken``: ``[batch, tokens]`` or ``[batch]`` a layer."""
 
     def __init__(self, router: Router):
         self.router = router

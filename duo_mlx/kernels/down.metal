@@ -56,8 +56,8 @@ inline void down_columns(
 }  // namespace duo
 
 // ---- body ----
-const int rows = inner_shape[0] * inner_shape[1];
-const int big_width = inner_shape[2];
+const int rows = inner_shape[0];
+const int big_width = inner_shape[1];
 const int small_width = SMALL_BITS == 0 ? small_down_shape[1] : small_down_shape[1] * 32 / max(SMALL_BITS, 1);
 const int hidden = big_down_shape[0];
 const int lane = thread_index_in_simdgroup;

@@ -5,6 +5,7 @@ row skips, no weight is read; where rows of a batch share a module, its weights 
 """
 
 from functools import cache
+from math import prod
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -79,37 +80,37 @@ def signature(ffns: FFNs, rows: int, dtype: mx.Dtype) -> str:
 
 
 def ffn(ffns: FFNs, x: mx.array, route: mx.array, residual: mx.array) -> mx.array:
-    """``residual`` plus the output of the FFNs that ``route [batch, tokens]`` names.
+    """``residual`` plus the output of the FFNs that ``route [...]`` names.
 
     Args:
         ffns: the layer's two modules.
-        x: their normalised input, ``[batch, tokens, hidden]``.
+        x: their normalised input, ``[..., hidden]``.
         route: 0 skip, 1 small, 2 big, of any integer type.
         residual: like ``x``, and so is what is returned.
 
     Raises:
         DuoError: the FFNs or the input are refused; nothing was launched.
     """
-    big, small = _modules(ffns, x.shape[0] * x.shape[1], x.dtype)
-    if x.shape[2] != big.hidden or residual.shape != x.shape or route.shape != x.shape[:2]:
+    big, small = _modules(ffns, route.size, x.dtype)
+    if x.shape != (*route.shape, big.hidden) or residual.shape != x.shape:
         raise DuoError(
             f"x {x.shape}, residual {residual.shape} and route {route.shape} are not for {big.hidden} values"
         )
     if residual.dtype != x.dtype:
         raise DuoError(f"x is {_name(x.dtype)} and residual {_name(residual.dtype)}")
-    route = route.astype(mx.uint32)
-    (inner,) = launch.execute(up(ffns, big, small, x, route))
-    (out,) = launch.execute(down(ffns, big, small, inner, route, residual))
-    return out
+    rows, route = (route.size, big.hidden), route.reshape(route.size).astype(mx.uint32)
+    (inner,) = launch.execute(up(ffns, big, small, x.reshape(rows), route))
+    (out,) = launch.execute(down(ffns, big, small, inner, route, residual.reshape(rows)))
+    return out.reshape(x.shape)
 
 
 def decide(
     h: mx.array, norm: nn.RMSNorm, weight: mx.array, offsets: mx.array, choices: tuple[int, ...]
 ) -> tuple[mx.array, mx.array]:
-    """``norm(h)`` and the routes ``[batch, tokens]``: of ``choices`` the one with the largest logit.
+    """``norm(h)`` and the routes ``[...]``: of ``choices`` the one with the largest logit.
 
     Args:
-        h: ``[batch, tokens, hidden]``.
+        h: ``[..., hidden]``.
         norm: of ``hidden`` values.
         weight: the router's, ``[choices, hidden]``.
         offsets: added to the logits, ``[choices]``.
@@ -118,14 +119,14 @@ def decide(
     Raises:
         DuoError: the input is refused; nothing was launched.
     """
-    batch, tokens, hidden = h.shape
-    if reason := router_refusal(hidden, len(choices), batch * tokens, h.dtype):
+    hidden, rows = h.shape[-1], prod(h.shape[:-1])
+    if reason := router_refusal(hidden, len(choices), rows, h.dtype):
         raise DuoError(reason)
     shapes = norm["weight"].shape, weight.shape, offsets.shape
     if shapes != ((hidden,), (len(choices), hidden), (len(choices),)):
         raise DuoError(f"norm, router and offsets are {shapes}, not for {hidden} values and {len(choices)} routes")
-    normed, route = launch.execute(router(h, norm, weight, offsets, choices))
-    return normed, route
+    normed, route = launch.execute(router(h.reshape(rows, hidden), norm, weight, offsets, choices))
+    return normed.reshape(h.shape), route.reshape(h.shape[:-1])
 
 
 def launches(ffns: FFNs, rows: int, dtype: mx.Dtype) -> list[Launch]:
@@ -135,14 +136,14 @@ def launches(ffns: FFNs, rows: int, dtype: mx.Dtype) -> list[Launch]:
         DuoError: the FFNs are refused.
     """
     big, small = _modules(ffns, rows, dtype)
-    x, inner = (mx.zeros((1, rows, width), dtype) for width in (big.hidden, big.width))
-    route = mx.zeros((1, rows), mx.uint32)
+    x, inner = (mx.zeros((rows, width), dtype) for width in (big.hidden, big.width))
+    route = mx.zeros(rows, mx.uint32)
     return [up(ffns, big, small, x, route), down(ffns, big, small, inner, route, residual=x)]
 
 
 def router(h: mx.array, norm: nn.RMSNorm, weight: mx.array, offsets: mx.array, choices: tuple[int, ...]) -> Launch:
-    """The launch of route.metal: one threadgroup a row."""
-    batch, tokens, hidden = h.shape
+    """The launch of route.metal on ``h [rows, hidden]``: one threadgroup a row."""
+    rows, hidden = h.shape
     groups = min(-(-hidden // (4 * LANES)), MOST_SIMDGROUPS)  # four values a lane, or more
     return Launch(
         kernel="route",
@@ -155,15 +156,15 @@ def router(h: mx.array, norm: nn.RMSNorm, weight: mx.array, offsets: mx.array, c
             ("choices", _constant(choices, mx.uint32)),
         ),
         template=(("T", h.dtype), ("GROUPS", groups), ("CHOICES", len(choices))),
-        grid=(batch * tokens * groups * LANES, 1, 1),
+        grid=(rows * groups * LANES, 1, 1),
         threadgroup=(groups * LANES, 1, 1),
-        outputs=(("normed", h.shape, h.dtype), ("route", (batch, tokens), mx.uint32)),
+        outputs=(("normed", h.shape, h.dtype), ("route", (rows,), mx.uint32)),
     )
 
 
 def up(ffns: FFNs, big: Module, small: Module, x: mx.array, route: mx.array) -> Launch:
-    """The launch of up.metal; its grid is for big, since only the device knows the routes."""
-    rows = x.shape[0] * x.shape[1]
+    """The launch of up.metal on ``x [rows, hidden]``; its grid is for big: only the device knows the routes."""
+    rows = len(x)
     return Launch(
         kernel="up",
         inputs=(
@@ -176,13 +177,13 @@ def up(ffns: FFNs, big: Module, small: Module, x: mx.array, route: mx.array) -> 
         ),
         template=_template(ffns, big.up, small.up, rows, x.dtype),
         **_threads(big.width, rows),
-        outputs=(("inner", (*x.shape[:2], big.width), x.dtype),),
+        outputs=(("inner", (rows, big.width), x.dtype),),
     )
 
 
 def down(ffns: FFNs, big: Module, small: Module, inner: mx.array, route: mx.array, residual: mx.array) -> Launch:
-    """The launch of down.metal."""
-    rows = inner.shape[0] * inner.shape[1]
+    """The launch of down.metal on ``inner [rows, width]``."""
+    rows = len(inner)
     return Launch(
         kernel="down",
         inputs=(

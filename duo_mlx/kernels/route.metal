@@ -4,7 +4,7 @@
 // sums are in float. Both barriers are reached by every thread.
 
 // ---- body ----
-const int hidden = h_shape[2];
+const int hidden = h_shape[1];
 const int start = threadgroup_position_in_grid.x * hidden;
 const int group = simdgroup_index_in_threadgroup;
 const int lane = thread_index_in_simdgroup;

@@ -68,8 +68,8 @@ inline void up_columns(
 }  // namespace duo
 
 // ---- body ----
-const int rows = x_shape[0] * x_shape[1];
-const int hidden = x_shape[2];
+const int rows = x_shape[0];
+const int hidden = x_shape[1];
 const int big_width = big_gate_shape[0];
 const int small_width = small_gate_shape[0];
 const int lane = thread_index_in_simdgroup;

@@ -41,17 +41,18 @@ def test_predictions_come_from_the_constants_alone():
             "all small": [4.0, 4.0],
             "products": [2.0, 2.0],
             "chain": [1.0, 1.0],
+            "head": [0.25, 0.25],  # and not the 0.5 that its bytes would come to
         }
     )
-    result = bench.summary(timings, works, product_bytes=2 * 10**9, steps=2)
-    assert result["constants"] == {"bandwidth_bytes_s": 1e9, "dispatch_s": 1e-3, "read_back_s": 0}
+    result = bench.summary(timings, works, product_bytes=2 * 10**9, head_bytes=5 * 10**8, steps=2)
+    assert result["constants"] == {"bandwidth_bytes_s": 1e9, "dispatch_s": 1e-3, "read_back_s": 0, "head_s": 0.25}
     big, small = result["mixes"]["all big"], result["mixes"]["all small"]
-    assert (big["predicted_s"], small["predicted_s"]) == (4.0, 1.5)
+    assert (big["predicted_s"], small["predicted_s"]) == (3.75, 1.25)
     assert (big["median_s"], small["median_s"]) == (4.0, 2.0)
-    assert small["predicted_ratio"] == 0.375 and small["measured_ratio"]["median"] == 0.5
-    assert small["error"] == -0.25 == -result["largest_error"]
+    assert small["predicted_ratio"] == pytest.approx(1 / 3) and small["measured_ratio"]["median"] == 0.5
+    assert small["error"] == pytest.approx(-1 / 3) == -result["largest_error"]
     assert small["bytes_ratio"] == pytest.approx(1 / 3)
-    assert "largest error 25.0% (limit 15%)" in bench.table(result)
+    assert "largest error 33.3% (limit 15%)" in bench.table(result)
 
 
 def test_the_record(monkeypatch, tmp_path):
@@ -65,7 +66,7 @@ def test_the_record(monkeypatch, tmp_path):
     record = json.loads(out.read_text())
     assert record["patterns"]["big, skip in turn"] == "B-B"
     assert {len(runs) for runs in record["runs_s"].values()} == {4}
-    assert set(record["runs_s"]) == {*record["patterns"], "products", "chain"}
+    assert set(record["runs_s"]) == {*record["patterns"], "products", "chain", "head"}
     assert 0.9e6 < record["product_bytes"] <= 1e6
     found = record["summary"]["mixes"]
     layers = np.array([found[name]["bytes"] for name in ("all big", "all small", "all skip")])

@@ -106,7 +106,7 @@ def verify(emulated, ffns, expected, close, shape, dtype):
         out = fused.ffn(ffns, x, mx.array(route), residual)
         assert (out.dtype, out.shape) == (dtype, x.shape)
         close(out, expected(ffns, x, route, residual))
-        inner = np.array(emulated.runs[0].outputs[0].astype(mx.float32))
+        inner = np.array(emulated.runs[0].outputs[0].astype(mx.float32)).reshape(*shape, -1)
         assert not np.isnan(inner).any()
         assert (inner[route == 0] == 0).all()
         assert (inner[route == 1][:, small_width:] == 0).all()

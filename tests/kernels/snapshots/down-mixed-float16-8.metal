@@ -255,8 +255,8 @@ template <typename T, int ROWS, int COLUMNS, bool SHARED, int BIG_BITS, int BIG_
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
-const int rows = inner_shape[0] * inner_shape[1];
-const int big_width = inner_shape[2];
+const int rows = inner_shape[0];
+const int big_width = inner_shape[1];
 const int small_width = SMALL_BITS == 0 ? small_down_shape[1] : small_down_shape[1] * 32 / max(SMALL_BITS, 1);
 const int hidden = big_down_shape[0];
 const int lane = thread_index_in_simdgroup;

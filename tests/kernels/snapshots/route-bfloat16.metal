@@ -197,7 +197,7 @@ template <typename T, int GROUPS, int CHOICES>
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
-const int hidden = h_shape[2];
+const int hidden = h_shape[1];
 const int start = threadgroup_position_in_grid.x * hidden;
 const int group = simdgroup_index_in_threadgroup;
 const int lane = thread_index_in_simdgroup;

@@ -274,8 +274,8 @@ template <typename T, int ROWS, int COLUMNS, bool SHARED, int BIG_BITS, int BIG_
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
-const int rows = x_shape[0] * x_shape[1];
-const int hidden = x_shape[2];
+const int rows = x_shape[0];
+const int hidden = x_shape[1];
 const int big_width = big_gate_shape[0];
 const int small_width = small_gate_shape[0];
 const int lane = thread_index_in_simdgroup;
