@@ -85,6 +85,13 @@ def measure(
     }
 
 
+def bandwidth(by: Effort) -> Figure:
+    """``bandwidth_bytes_s`` alone."""
+    product, read = _products(by.weights)
+    timings = interleave({"products": lambda: mx.eval(product())}, by.rounds)
+    return Figure.of([read / seconds for seconds in timings.rounds("products")])
+
+
 def crossing(by: Effort) -> Figure:
     """The time that ``crossing_s`` is, alone."""
     return _more(interleave(_crossings(by.steps), by.rounds), "crossing", "staying", by.steps)

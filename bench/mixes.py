@@ -90,9 +90,7 @@ def head(model: Model) -> Callable[[], None]:
     return lambda: mx.eval(model.head(row))
 
 
-def summary(
-    timings: Timings, work: dict[str, Work], product_bytes: int, head_bytes: int, steps: int
-) -> dict[str, Any]:
+def summary(timings: Timings, work: dict[str, Work], product_bytes: int, head_bytes: int, steps: int) -> dict[str, Any]:
     """The constants, and for each mix what was predicted of it and what was measured."""
     constants = Constants(
         bandwidth_bytes_s=product_bytes / timings.median(PRODUCTS),

@@ -138,13 +138,28 @@ def summary(timings: Timings, tokens: int) -> dict[str, Any]:
 
     names = [name.removesuffix(": graph") for name in timings.runs if name.endswith(": graph")]
     of_parts = {name: {"graph_ms": graph(name), "run_ms": running(name)} for name in names}
-    steps = {name: of_parts.pop(name) for name in ("mlx-lm", *PATTERNS)}
+    steps = {name: of_parts.pop(name) for name in ("mlx-lm", *PATTERNS) if name in of_parts}
     for name, step in steps.items():
         step["all_ms"] = 1e3 * timings.median(f"{name}: all")
         step["decoding_ms"] = 1e3 * timings.median(f"{name}: decoding") / (tokens + 1)
         if name in FFNS:
             step["rest_ms"] = step["run_ms"] - sum(of_parts[part]["run_ms"] for part in (*ALWAYS, *FFNS[name]))
     return {"parts": of_parts, "steps": steps}
+
+
+def measure(model: Model, context: int, rounds: int = 6) -> dict[str, Any]:
+    """The parts of a step after ``context`` positions, in seconds, and whole steps by uniform pattern, for a result."""
+    cases = decoders(model, None, context)
+    cache = cases["all-big"].cache
+    timed = interleave(calls(parts(model, cache), cache, context, cases, tokens=1), rounds, warm_up=2)
+    found = summary(timed, tokens=1)
+    return {
+        "seconds": {name: of["run_ms"] / 1e3 for name, of in found["parts"].items()},
+        "whole": {
+            name.removeprefix("all-"): {"run_s": of["run_ms"] / 1e3, "graph_s": of["graph_ms"] / 1e3}
+            for name, of in found["steps"].items()
+        },
+    }
 
 
 def table(result: dict[str, Any]) -> str:

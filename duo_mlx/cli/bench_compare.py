@@ -112,7 +112,9 @@ def _lines(sides: dict[str, dict[str, Any]], comparison: "Comparison") -> Iterat
         rows = [row for row in comparison.rows if row.metric == metric]
         threshold = comparison.threshold if any(row.rounds is not None for row in rows) else comparison.asked
         what = ", change of the perplexity" if metric == "loss" else ""
-        table = [(metric, f"A {unit}", f"B {unit}", f"B against A{what}", "rounds", f"threshold {threshold:.2%}")]
+        table: list[tuple[str, ...]] = [
+            (metric, f"A {unit}", f"B {unit}", f"B against A{what}", "rounds", f"threshold {threshold:.2%}")
+        ]
         for row in rows:
             values = [f"{scale * value:.4g}" for value in (row.a, row.b)]
             rounds = "exact" if row.rounds is None else str(row.rounds)
@@ -121,8 +123,9 @@ def _lines(sides: dict[str, dict[str, Any]], comparison: "Comparison") -> Iterat
         yield ""
         yield from ("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
     yield ""
-    if row := comparison.overall:
-        yield f"TPOT over {row.cell} (geometric mean): x{row.b:.4g}, {_change(row)}, {row.rounds} rounds: {row.verdict}"
+    if all_ := comparison.overall:
+        what = f"TPOT over {all_.cell} (geometric mean): x{all_.b:.4g}"
+        yield f"{what}, {_change(all_)}, {all_.rounds} rounds: {all_.verdict}"
     for name, cells in comparison.only.items():
         yield from (f"only in {name}: {cell}" for cell in cells)
     yield from (f"not valid: {cell}: {why}" for cell, why in comparison.invalid.items())

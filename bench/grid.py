@@ -1,0 +1,137 @@
+"""What ``duo-mlx bench run`` measures: a grid of cells, and the presets.
+
+A cell is one way to generate: an engine, a route, a strategy, a quantisation, and sizes. Cells of equal quantisation
+and sizes form a group, which is measured in the same interleaved rounds; the first cell of a group is its baseline.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from duo_mlx.bench.budget import evenly_spaced
+from duo_mlx.errors import DuoError
+from duo_mlx.model import ModelArgs
+from duo_mlx.routes import format_pattern
+
+DUO, PEER = "duo-mlx", "mlx-lm"
+UNIFORM = ("big", "small", "skip")
+STORED = 0  # bits that mean: as the model is stored
+STEPS = 12  # intervals of the number of big layers in a deep model
+CONTEXTS = (256, 1024, 4096)  # tokens before the prompt, as far as the model has room
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell; ``quantisation`` is a name such as ``float32`` or ``4-bit``."""
+
+    engine: str
+    route: str
+    strategy: str
+    quantisation: str
+    prompt_tokens: int
+    generated_tokens: int
+    batch: int
+    context: int
+
+    @property
+    def id(self) -> str:
+        """The same cell has the same id in every result."""
+        sizes = f"p{self.prompt_tokens} g{self.generated_tokens} b{self.batch} c{self.context}"
+        return f"{self.engine} {self.route} {self.strategy} {self.quantisation} {sizes}"
+
+    @property
+    def positions(self) -> int:
+        """Positions that the cell's generation needs in the model's context."""
+        return self.context + self.prompt_tokens + self.generated_tokens
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is varied. Every combination is a cell, but contexts beyond the first have ``deep_routes`` only."""
+
+    routes: tuple[str, ...]
+    strategies: tuple[str, ...] = ("auto",)
+    bits: tuple[int, ...] = (STORED,)
+    prompts: tuple[int, ...] = (64,)
+    generated: tuple[int, ...] = (32,)
+    batches: tuple[int, ...] = (1,)
+    contexts: tuple[int, ...] = (0,)
+    deep_routes: tuple[str, ...] = UNIFORM
+
+    def groups(self, stored: str, peer: bool) -> list[list[Cell]]:
+        """The cells, group by group.
+
+        Args:
+            stored: the name of the quantisation as the model is stored.
+            peer: whether mlx-lm's llama is measured in each group.
+        """
+        found = []
+        for bits, prompt, generated, batch, context in product(
+            self.bits, self.prompts, self.generated, self.batches, self.contexts
+        ):
+            sizes = (f"{bits}-bit" if bits else stored, prompt, generated, batch, context)
+            routes = self.routes if context == self.contexts[0] else self.deep_routes
+            cells = [Cell(DUO, route, strategy, *sizes) for route in routes for strategy in self.strategies]
+            found.append(cells + ([Cell(PEER, "big", "auto", *sizes)] if peer else []))
+        return found
+
+
+def preset(name: str, args: ModelArgs) -> Grid:
+    """``quick``, ``paper`` or ``full`` for a model of this shape."""
+    return {"quick": _quick, "paper": _paper, "full": _full}[name](args)
+
+
+def _quick(args: ModelArgs) -> Grid:
+    routes = ("big", f"big@{_half(args)}", "small", *(["router"] if args.router_choices else []))
+    return Grid(routes)
+
+
+def _half(args: ModelArgs) -> str:
+    return ",".join(str(layer) for layer in range(0, args.num_hidden_layers, 2))
+
+
+def _paper(args: ModelArgs) -> Grid:
+    """k big layers from all to none, mixes with skip, the model's own budgets and router, and depth of context."""
+    layers = args.num_hidden_layers
+    counts = sorted({round(step * layers / min(layers, STEPS)) for step in range(min(layers, STEPS) + 1)}, reverse=True)
+    between = [format_pattern(evenly_spaced(layers, count)) for count in counts[1:-1]]
+    turns = ["".join("B-"[layer % 2] for layer in range(layers)), "".join("Bs-"[layer % 3] for layer in range(layers))]
+    known = [f"budget:{count}" for count in _thirds(layers)] if args.best_patterns else []
+    random = ["random:0.5,0.5,0", "random:0.5,0.25,0.25"]
+    router = ["router"] if args.router_choices else []
+    routes = dict.fromkeys(["big", *between, "small", "skip", *turns, *known, *random, *router])
+    return Grid(tuple(routes), contexts=(0, *_depths(args, 64 + 32)))
+
+
+def _full(args: ModelArgs) -> Grid:
+    """The paper's, quantised too, with longer prompts, batches, and ``dense``, which computes what routes leave out."""
+    return replace(_paper(args), strategies=("auto", "dense"), bits=(STORED, 8, 4), prompts=(64, 256), batches=(1, 4))
+
+
+def _thirds(layers: int) -> list[int]:
+    return sorted({round(layers * part / 4) for part in (1, 2, 3)}, reverse=True)
+
+
+def _depths(args: ModelArgs, needed: int) -> list[int]:
+    limit = args.max_position_embeddings or max(CONTEXTS) + needed
+    return [context for context in CONTEXTS if context + needed <= limit]
+
+
+def check(groups: Sequence[Sequence[Cell]], args: ModelArgs) -> None:
+    """Refuse cells that the model has no room for, or that cannot be measured.
+
+    Raises:
+        DuoError: in one line.
+    """
+    limit = args.max_position_embeddings
+    for cell in (cell for group in groups for cell in group):
+        if limit is not None and cell.positions > limit:
+            raise DuoError(
+                f"--prompt-tokens {cell.prompt_tokens} with {cell.context} tokens of context before it and "
+                f"{cell.generated_tokens} to generate is {cell.positions} positions; the model has {limit}"
+            )
+        if "sliding_attention" in args.layer_types and cell.positions > (args.sliding_window or 0):
+            raise DuoError(
+                f"a cell of {cell.positions} positions: this model's attention slides over {args.sliding_window}, and "
+                "a cache that has slid cannot be taken back to be measured again; ask for less"
+            )

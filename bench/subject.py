@@ -1,0 +1,96 @@
+"""The model that ``duo-mlx bench run`` measures, in the quantisations that are asked for."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes)
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+
+from duo_mlx import checkpoint
+from duo_mlx.errors import DuoError
+from duo_mlx.model import Model
+
+GROUP_SIZES = (64, 32)  # of quantisation; the first that divides the hidden size
+
+
+class Subject:
+    """A model directory, loaded in one quantisation at a time.
+
+    Args:
+        path: a model directory or a hub id; None: the embedded model.
+        revision: of a hub id.
+
+    Raises:
+        DuoError: there is no such model.
+    """
+
+    def __init__(self, path: str | None, revision: str | None):
+        self._directory = checkpoint.resolve(path, revision)
+        config = checkpoint.read_config(self._directory)
+        self._model, self.tokenizer = checkpoint.load(self._directory, fuse=True)
+        self.args = self._model.args
+        self.stored = self._now = stored_format(self._model)
+        shapes = sorted((name, array.shape) for name, array in checkpoint.parameters(self._model).items())
+        self.name = "embedded" if path is None else Path(path).name if Path(path).is_dir() else path
+        self.record = {
+            "name": self.name,
+            "revision": revision,
+            "layers": self.args.num_hidden_layers,
+            "parameters": parameters(self._model),
+            "sha256": hashlib.sha256(json.dumps([config, shapes], sort_keys=True).encode()).hexdigest(),
+        }
+        plain, whole = self.tokenizer.encode("a", add_special_tokens=False), self.tokenizer.encode("a")
+        self.first = int(whole[0]) if len(whole) > len(plain) else None  # the token that begins a text, if there is one
+
+    def model(self, quantisation: str) -> Model:
+        """The model so quantised: as it is stored, or ``N-bit``.
+
+        Raises:
+            DuoError: it is stored quantised, or its width cannot be quantised.
+        """
+        if quantisation != self._now:
+            model, _ = checkpoint.load(self._directory)
+            if quantisation != self.stored:
+                self._quantise(model, int(quantisation.removesuffix("-bit")))
+            model.fuse()
+            mx.eval(model.parameters())
+            self._model, self._now = model, quantisation
+        return self._model
+
+    def _quantise(self, model: Model, bits: int) -> None:
+        if self.stored.endswith("-bit"):
+            raise DuoError(f"--bits {bits}: this model is stored with {self.stored} weights; leave --bits out")
+        size = next((size for size in GROUP_SIZES if self.args.hidden_size % size == 0), None)
+        if size is None:
+            raise DuoError(
+                f"--bits {bits}: the hidden size {self.args.hidden_size} is no multiple of {GROUP_SIZES[-1]}"
+            )
+
+        def divides(_: str, module: nn.Module) -> bool:
+            return hasattr(module, "to_quantized") and module.weight.shape[-1] % size == 0
+
+        nn.quantize(model, size, bits, class_predicate=divides)
+
+
+def stored_format(model: Model) -> str:
+    """``float32``, ``float16``, ``bfloat16``, or ``N-bit`` of the first big FFN."""
+    gate = model.layers[0].mlp.big.gate_proj
+    if isinstance(gate, nn.QuantizedLinear):
+        return f"{gate.bits}-bit"
+    return str(gate.weight.dtype).removeprefix("mlx.core.")
+
+
+def parameters(model: Model) -> int:
+    """How many parameters a model has, quantised weights counted as what they stand for."""
+    count = 0
+    for module in model.modules():
+        own = {name: array for name, array in module.items() if isinstance(array, mx.array)}
+        if "scales" in own:
+            count += own.pop("weight").size * 32 // module.bits
+            own = {name: array for name, array in own.items() if name == "bias"}
+        count += sum(array.size for array in own.values())
+    return count

@@ -1,0 +1,258 @@
+"""``duo-mlx bench run``: a question, measured group by group into a results folder.
+
+For each group: quality on held-out text, a decoded token's parts, then rounds of its cells (`duo_mlx.bench.rounds`)
+until the ratios to the first cell are known well enough or the time is over. Each round is kept as soon as it is done.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes)
+
+# isort: split
+import numpy as np
+from numpy.typing import NDArray
+
+from duo_mlx.bench import engine, figures, folder, grid, parts, quality, reading, results, rounds, summary, touched
+from duo_mlx.bench.grid import DUO, PEER, Cell
+from duo_mlx.bench.meters import Meter
+from duo_mlx.bench.meters.window import measure_idle
+from duo_mlx.bench.rounds import Case, Prompts, Session, Settings
+from duo_mlx.bench.subject import Subject
+from duo_mlx.bench.system import Conditions, cautions, conditions, system_record
+from duo_mlx.generation import policy_of
+from duo_mlx.model import Model
+
+IDLE = 10.0  # s in which the idle computer's energy is measured
+SAMPLED = 96  # tokens of the held-out text whose routes are shown one by one
+
+Progress = Callable[[str, float, float], object]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a model."""
+
+    grid: grid.Grid
+    against: str  # "mlx-lm" or "none"
+    prompts: Path | None
+    text: Path | None
+    settings: Settings
+    command: str
+
+
+def run(
+    question: Question,
+    subject: Subject,
+    out: Path,
+    meter: Meter,
+    *,
+    force: bool = False,
+    progress: Progress = lambda stage, done, total: None,  # noqa: ARG005
+    look: Callable[[], Conditions] = conditions,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, Any]:
+    """Measure, or go on measuring, and give the result, which is in the folder ``out``, too.
+
+    Args:
+        question: what to measure.
+        subject: the question's model.
+        out: the results folder.
+        meter: of energy.
+        force: replace a result that is there.
+        progress: is called with a stage, what is done and what is to be.
+        look: the machine's condition now.
+        sleep: waits for s.
+        clock: s, for the time limit.
+
+    Raises:
+        DuoError: a question that cannot be answered, or a folder that cannot be used; nothing was overwritten.
+        KeyboardInterrupt: the user's; the rounds that were done are in the folder.
+    """
+    settings = question.settings
+    groups = question.grid.groups(subject.stored, question.against == PEER)
+    grid.check(groups, subject.args)
+    for route in dict.fromkeys(cell.route for group in groups for cell in group):
+        policy_of(subject.model(subject.stored), route)  # a wrong one is found before anything is measured
+    prompt_text, held_out = reading.read(question.prompts, "prompts"), reading.read(question.text, "held_out")
+    prompts = Prompts(reading.prompts(prompt_text, subject.tokenizer), subject.first)
+    length = min(settings.quality_length, subject.args.max_position_embeddings or settings.quality_length)
+    windows = reading.windows(held_out, subject.tokenizer, settings.quality_tokens, length)
+    result = folder.begin(
+        out,
+        {
+            "schema": results.SCHEMA,
+            "command": question.command,
+            "complete": False,
+            "system": system_record(),
+            "model": subject.record,
+            "texts": {
+                "prompts": prompt_text.record(sum(map(len, prompts.ids)), len(prompts.ids)),
+                "held_out": held_out.record(windows[:, 1:].size, len(windows)),
+            },
+            "settings": asdict(settings),
+            "meter": {name: getattr(meter, name) for name in ("name", "label", "scope", "why")}
+            | {"notes": list(meter.notes), "idle": None},
+            "roofline": None,
+            "sessions": [],
+            "parts": [],
+            "samples": None,
+            "cells": [_unmeasured(cell) for group in groups for cell in group],
+        },
+        force,
+    )
+    session = _begin(result, meter, look, sleep, clock)
+    deadline = clock() + 60 * settings.minutes
+    records = iter(result["cells"])
+    try:
+        for number, group in enumerate(groups):
+            found = [next(records) for _ in group]
+            if all(record["done"] for record in found):
+                continue
+            left = len(groups) - number
+            began, until = clock(), clock() + (deadline - clock()) / left
+            model = subject.model(group[0].quantisation)
+            _fill_quality(result, found, model, windows, subject, lambda share: progress("quality", share, 1.0))
+            _add_parts(result, model, group[0])
+            cases = rounds.cases(group, found, model, prompts, settings.seed)
+            if session.number == len(result["sessions"]) - 1 and not result["sessions"][-1]["noise_floor"]:
+                floor = rounds.noise_floor(cases[0], prompts, settings.least_rounds)
+                result["sessions"][-1]["noise_floor"] = floor
+            for done in rounds.rounds(cases, session, settings, prompts, until):
+                _summarise(cases, model, result, done)
+                folder.save(out, result)
+                share = 1.0 if done else min(1.0, (clock() - began) / max(until - began, 1e-9))
+                progress("cells", number + share, len(groups))
+    finally:
+        folder.save(out, result)
+    result["complete"] = True
+    folder.save(out, result)
+    return result
+
+
+def _unmeasured(cell: Cell) -> dict[str, Any]:
+    return (
+        {"id": cell.id}
+        | asdict(cell)
+        | {"strategy_ran": "", "big_layers": None, "valid": False, "invalid_why": ["not measured"], "done": False}
+        | {"runs": [], "summary": None, "quality": None}
+    )
+
+
+def _begin(
+    result: dict[str, Any],
+    meter: Meter,
+    look: Callable[[], Conditions],
+    sleep: Callable[[float], None],
+    clock: Callable[[], float],
+) -> Session:
+    """A new session: the machine's condition, its idle energy, and, if it is the first, its bandwidth."""
+    began = look()
+    idle = measure_idle(meter, IDLE) if meter.rails else None
+    if result["meter"]["idle"] is None and idle is not None:
+        result["meter"]["idle"] = idle.record()
+    if result["roofline"] is None:
+        bandwidth = figures.bandwidth(figures.effort())
+        how = "products of a vector with matrices, more of them than the caches hold; median of rounds"
+        result["roofline"] = {"bandwidth_bytes_s": bandwidth.median, "how": how}
+    result["sessions"].append(
+        {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "conditions": asdict(began),
+            "cautions": cautions(began),
+            "noise_floor": None,
+        }
+    )
+    return Session(len(result["sessions"]) - 1, meter, idle, began, look, sleep, clock)
+
+
+def _fill_quality(
+    result: dict[str, Any],
+    records: Sequence[dict[str, Any]],
+    model: Model,
+    windows: NDArray[np.int32],
+    subject: Subject,
+    progress: Callable[[float], object],
+) -> None:
+    """The quality of the routes in ``records``, measured where no cell of this quantisation has it yet."""
+    quantisation, ours = records[0]["quantisation"], [record for record in records if record["engine"] == DUO]
+    known = {
+        record["route"]: record["quality"]
+        for record in result["cells"]
+        if record["quantisation"] == quantisation and record["quality"]
+    }
+    missing = dict.fromkeys(record["route"] for record in ours if record["route"] not in known)
+    if missing:
+        policies = {route: policy_of(model, route, result["settings"]["seed"]) for route in missing}
+        found, samples = quality.measure(model, policies, windows, progress)
+        known |= found
+        ids = windows[0, : SAMPLED + 1].tolist()
+        shown = result["samples"] or {
+            "ids": ids,
+            "tokens": [subject.tokenizer.decode([token]) for token in ids],
+            "policies": [],
+        }
+        # the first token has a route and no loss, the last one shown a loss and no route
+        shown["policies"] += [
+            {
+                "route": route,
+                "quantisation": quantisation,
+                "patterns": each["patterns"][: len(ids)],
+                "loss": [None, *each["loss"][: len(ids) - 1]],
+            }
+            for route, each in samples.items()
+        ]
+        result["samples"] = shown
+    for record in ours:
+        record["quality"] = known[record["route"]]
+
+
+def _add_parts(result: dict[str, Any], model: Model, cell: Cell) -> None:
+    """A decoded token's parts in cells of one sequence, where they are not known yet."""
+    context = cell.context + cell.prompt_tokens
+    known = {(each["quantisation"], each["context"]) for each in result["parts"]}
+    if (
+        cell.batch == 1
+        and (cell.quantisation, context) not in known
+        and "sliding_attention" not in model.args.layer_types
+    ):
+        result["parts"].append({"quantisation": cell.quantisation, "context": context} | parts.measure(model, context))
+
+
+def _summarise(cases: Sequence[Case], model: Model, result: dict[str, Any], done: bool) -> None:
+    """Bring the cells' figures up to date."""
+    layers = len(model.layers)
+    counted = []
+    for case in cases:
+        case.note_routes(layers)
+        half_way = case.cell.context + case.cell.prompt_tokens + case.cell.generated_tokens // 2
+        read = touched.bytes_per_token(model, case.routes, half_way, case.ran, case.by_router)
+        counted.append((read, touched.flops_per_token(model, case.routes, half_way, case.ran)))
+    for case, (read, flops) in zip(cases, counted, strict=True):
+        record, mix = case.record, engine.shares(case.routes)
+        record["summary"] = summary.summarise(
+            record,
+            cases[0].record,
+            {
+                "bytes_per_token": read,
+                "flops_per_token": flops,
+                "route_mix": mix,
+                "baseline_bytes": counted[0][0],
+                "baseline_flops": counted[0][1],
+                "bandwidth_bytes_s": result["roofline"]["bandwidth_bytes_s"],
+                "why_no_energy": result["meter"]["why"],
+            },
+        )
+        lost = sorted({why for each in record["runs"] for why in each["invalid_why"]})
+        valid = record["summary"] is not None
+        record |= {
+            "big_layers": mix["big"] * layers,
+            "valid": valid,
+            "done": done,
+            "invalid_why": [] if valid else lost,
+        }

@@ -1,0 +1,46 @@
+"""Bytes and FLOPs of a decoded token as its batch was routed: weights that several sequences need are read once."""
+
+import mlx.core as mx
+import numpy as np
+
+from duo_mlx import cost
+from duo_mlx.ffns import nbytes
+from duo_mlx.model import Model
+from duo_mlx.routes import Route, Routes
+
+
+def computes_everything(ran: str) -> bool:
+    """Whether a strategy reads and computes what routes leave out: the reference does, and masked products on a CPU."""
+    return ran == "dense" or (ran == "masked" and mx.default_device().type == mx.DeviceType.cpu)
+
+
+def bytes_per_token(model: Model, routes: Routes, context: int, ran: str, by_router: bool = False) -> float:
+    """Bytes of weights and KV cache that decoding one token of each sequence reads, over the number of sequences.
+
+    Args:
+        model: a Duo, with its weights as they are.
+        routes: ``[passes, batch, layers]`` as realised; the mean over passes is given.
+        context: positions attended to.
+        ran: the strategy.
+        by_router: the routers' weights are read, too.
+    """
+    passes, batch, layers = routes.shape
+    weights, caches = cost.weight_bytes(model, by_router), cost.cache_bytes(model, context)
+    big, small = ((routes == route).any(axis=1) for route in (Route.BIG, Route.SMALL))
+    if computes_everything(ran):
+        big, small = np.ones_like(big), np.array([[model.args.has_small(layer) for layer in range(layers)]] * passes)
+    second = np.array([nbytes(layer.mlp.small) for layer in model.layers])
+    skips, smalls, bigs = (weights.by_route[:, route] for route in (Route.SKIP, Route.SMALL, Route.BIG))
+    read = np.where(big, bigs + np.where(small, second, 0), np.where(small, smalls, skips))
+    return float((weights.fixed + read.sum(axis=1).mean()) / batch + caches.of(routes).mean())
+
+
+def flops_per_token(model: Model, routes: Routes, context: int, ran: str) -> float:
+    """FLOPs of one decoded token, a mean over ``routes [passes, batch, layers]``."""
+    args = model.args
+    table = cost.flops(args, context)
+    if not computes_everything(ran):
+        return float(table.of(routes).mean())
+    smalls = sum(args.has_small(layer) for layer in range(args.num_hidden_layers))
+    second = smalls * 2 * 3 * args.hidden_size * args.small_intermediate_size
+    return float(table.of(np.full(args.num_hidden_layers, Route.BIG, np.uint8)) + second)
