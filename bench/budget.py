@@ -19,7 +19,8 @@ import mlx.nn as nn
 import numpy as np
 
 from duo_mlx import budget, checkpoint
-from duo_mlx.bench.record import check_output, held_out_windows, run, system, write_output
+from duo_mlx.bench.record import check_output, held_out_windows, run, write_output
+from duo_mlx.bench.system import system_record
 from duo_mlx.convert.calibration import encode, read_texts
 from duo_mlx.errors import DuoError
 from duo_mlx.files import output_file
@@ -125,7 +126,10 @@ def command(
     if out:
         options = f"--held-out {held_out} --step {step} --random {draws} --seed {seed}"
         names = " ".join(text.name for text in texts)
-        record = {"command": f"python -m duo_mlx.bench.budget {directory.name} {names} {options}", "system": system()}
+        record = {
+            "command": f"python -m duo_mlx.bench.budget {directory.name} {names} {options}",
+            "system": system_record(),
+        }
         write_output(out, record | {"nats_per_token": points})
 
 

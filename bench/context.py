@@ -31,7 +31,8 @@ from duo_mlx.bench.peer import (
     step_bytes,
 )
 from duo_mlx.bench.prefill import CLOCKS
-from duo_mlx.bench.record import check_output, run, system, write_output
+from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.system import system_record
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
 
@@ -122,7 +123,7 @@ def command(
         check_output(out, force)
     model = open_model(directory, layers, seed)
     check_context(model, contexts[-1] + tokens + 1)
-    before = system()
+    before = system_record()
 
     def decoding(case: Decoder) -> Callable[[], object]:
         return lambda: case(tokens)

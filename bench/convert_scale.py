@@ -26,7 +26,8 @@ from tokenizers import Tokenizer, models
 
 from duo_mlx import shards
 from duo_mlx.bench.interleave import Timings, interleave
-from duo_mlx.bench.record import check_output, run, system, write_output
+from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.system import system_record
 from duo_mlx.convert.plan import expected_shapes
 from duo_mlx.errors import DuoError
 from duo_mlx.model import ModelArgs
@@ -199,7 +200,7 @@ def command(
     if out:
         check_output(out, force)
     config = shape(round(gigabytes * 1e9))
-    before = system()
+    before = system_record()
     with tempfile.TemporaryDirectory(dir=directory) as name:
         needed, free = 5.1e9 * gigabytes, shutil.disk_usage(name).free  # the source and a round's four outputs
         if free < needed:

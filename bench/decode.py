@@ -41,7 +41,8 @@ from duo_mlx.bench.peer import (
     step_bytes,
 )
 from duo_mlx.bench.prefill import CLOCKS
-from duo_mlx.bench.record import check_output, run, system, write_output
+from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.system import system_record
 from duo_mlx.conditional import STRATEGIES
 from duo_mlx.generation import RoutedModel
 from duo_mlx.model import Model
@@ -183,7 +184,7 @@ def command(
         }
     if twin is not None:
         touched["mlx-lm"] = touched["all-big"]
-    before = system()
+    before = system_record()
 
     def progress(done: int) -> None:
         click.echo(f"round {done} of {rounds}", err=True)

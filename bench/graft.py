@@ -25,7 +25,8 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx.bench.record import HELD_OUT, LENGTH, check_output, held_out_windows, run, system, write_output
+from duo_mlx.bench.record import HELD_OUT, LENGTH, check_output, held_out_windows, run, write_output
+from duo_mlx.bench.system import system_record
 from duo_mlx.convert import graft as grafting
 from duo_mlx.convert.calibration import encode, read_texts
 from duo_mlx.convert.graft import Graft, graft
@@ -184,7 +185,7 @@ def command(
     names = " ".join([model.name, *(text.name for text in texts)])
     record = {
         "command": f"python -m duo_mlx.bench.graft {names} --tokens {tokens} --held-out {held_out} --seed {seed}",
-        "system": system(),
+        "system": system_record(),
         "patterns": patterns(dense.args.num_hidden_layers),
     }
     click.echo("nats a token: " + ", ".join(patterns(dense.args.num_hidden_layers)))

@@ -35,7 +35,8 @@ from duo_mlx import checkpoint
 from duo_mlx.bench import options
 from duo_mlx.bench.peer import open_model, primitives
 from duo_mlx.bench.prefill import SHAPE
-from duo_mlx.bench.record import check_output, run, system, write_output
+from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.system import system_record
 from duo_mlx.errors import DuoError
 from duo_mlx.generation import RoutedModel
 from duo_mlx.policies import parse_route
@@ -175,7 +176,11 @@ def command(
     if out:
         of = f"--model {given.name}" if given else f"--layers {layers} --dtype {dtype}"
         arguments = f"--prompt {prompt} --tokens {tokens} --seed {seed}"
-        record = {"command": f"python -m duo_mlx.bench.memory {of} {arguments}", "system": system(), "cases": result}
+        record = {
+            "command": f"python -m duo_mlx.bench.memory {of} {arguments}",
+            "system": system_record(),
+            "cases": result,
+        }
         write_output(out, record)
 
 

@@ -32,7 +32,8 @@ from duo_mlx.bench.budget import evenly_spaced
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.peer import open_model, routed, spread, step_bytes
 from duo_mlx.bench.prefill import CLOCKS, SHAPE
-from duo_mlx.bench.record import check_output, run, system, write_output
+from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.system import system_record
 from duo_mlx.ffns import nbytes
 from duo_mlx.model import Model
 from duo_mlx.policies import FixedPolicy
@@ -179,7 +180,7 @@ def command(
     def decode(name: str) -> Callable[[], object]:
         return lambda: decoders[name](tokens)
 
-    before = system()
+    before = system_record()
     timings = interleave(
         {name: decode(name) for name in patterns} | {PRODUCTS: multiply, CHAIN: chain(model), HEAD: head(model)},
         rounds,

@@ -29,7 +29,8 @@ from duo_mlx.bench import options
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.peer import PATTERNS, Decoder, check_context, decoders, llama_twin, open_model
 from duo_mlx.bench.prefill import CLOCKS
-from duo_mlx.bench.record import check_output, run, system, write_output
+from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.system import system_record
 from duo_mlx.model import Layer, Model
 
 Build = Callable[[], mx.array]  # makes the unevaluated array that a part ends in
@@ -203,7 +204,7 @@ def command(
     check_context(model, context + tokens + 1)
     cases = decoders(model, llama_twin(model), context, seed)
     cache = cases["all-big"].cache
-    before = system()
+    before = system_record()
     timings = interleave(
         calls(parts(model, cache), cache, context, cases, tokens),
         rounds,

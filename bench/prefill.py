@@ -27,7 +27,8 @@ import mlx.core as mx
 import numpy as np
 
 from duo_mlx.bench.interleave import Timings, interleave
-from duo_mlx.bench.record import check_output, run, system, write_output
+from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.system import system_record
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.policies import RandomPolicy
 from duo_mlx.routes import Route, Routes
@@ -123,7 +124,7 @@ def command(rounds: int, tokens: int, layers: int, seed: int, clock: str, out: P
     model = Model(ModelArgs.from_dict(shape))
     mx.eval(model.parameters())
     calls, share = passes(model, tokens, seed)
-    before = system()
+    before = system_record()
     timings = interleave(
         calls,
         rounds,

@@ -3,16 +3,12 @@
 import csv
 import io
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
-import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,21 +17,6 @@ from duo_mlx.files import output_file
 
 HELD_OUT = 0.05  # share at the end of a text that nothing is fitted to
 LENGTH = 512  # tokens of a held-out window
-
-
-def system() -> dict[str, Any]:
-    """What the figures depend on: versions, device, threads, load."""
-    packages = ("duo-mlx", "mlx", "mlx-lm", "numpy")
-    return {
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-        "platform": platform.platform(),
-        "device": str(mx.device_info().get("device_name", mx.default_device())),
-        "cpus": os.cpu_count(),
-        "environment": {
-            name: value for name, value in os.environ.items() if name.startswith(("OPENBLAS_", "DUO_MLX_"))
-        },
-        "load_average": os.getloadavg(),
-    }
 
 
 def check_output(path: Path, force: bool) -> None:
