@@ -213,15 +213,12 @@ def _fill_quality(
 
 
 def _add_parts(result: dict[str, Any], model: Model, cell: Cell) -> None:
-    """A decoded token's parts in cells of one sequence, where they are not known yet."""
-    context = cell.context + cell.prompt_tokens
+    """A decoded token's parts in cells of one sequence and this context, where they are not known yet."""
     known = {(each["quantisation"], each["context"]) for each in result["parts"]}
-    if (
-        cell.batch == 1
-        and (cell.quantisation, context) not in known
-        and "sliding_attention" not in model.args.layer_types
-    ):
-        result["parts"].append({"quantisation": cell.quantisation, "context": context} | parts.measure(model, context))
+    slides = "sliding_attention" in model.args.layer_types
+    if cell.batch == 1 and not slides and (cell.quantisation, cell.context) not in known:
+        found = parts.measure(model, cell.context + cell.prompt_tokens)
+        result["parts"].append({"quantisation": cell.quantisation, "context": cell.context} | found)
 
 
 def _summarise(cases: Sequence[Case], model: Model, result: dict[str, Any], done: bool) -> None:

@@ -16,6 +16,9 @@ from duo_mlx import __version__
 from duo_mlx.errors import DuoError
 
 COMMANDS = {
+    "bench compare": "Compare two results of bench run, B against A, and fail where B is worse",
+    "bench report": "Show results of bench run: one page that opens offline, and plots",
+    "bench run": "Measure what big, small and skip trade between latency, energy and quality, on this machine",
     "bench project": "Project what routing should bring on Apple chips, by strategy, size and quantisation",
     "bench doctor": "Check this machine: versions, meters, kernels and speed, and what --strategy auto does here",
     "convert": "Turn a checkpoint into a model directory, or a model directory into a PyTorch checkpoint",
