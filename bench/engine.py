@@ -18,10 +18,10 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from numpy.typing import NDArray
 
-from duo_mlx import auto
+from duo_mlx import conditional
 from duo_mlx.generation import RoutedModel
 from duo_mlx.model import Model
-from duo_mlx.policies import FixedPolicy, Policy
+from duo_mlx.policies import FixedPolicy, Policy, ReplayPolicy
 from duo_mlx.router import Recorder, Router
 from duo_mlx.routes import Routes
 
@@ -82,13 +82,13 @@ class Generator:
         """
         self._rewind(self._prompt)
         self._call = self._bind(self._prompt)
-        y, stamps = self._first, []
+        y, stamps = self._first, [self._clock()]  # that token is there; the step after it takes its time
         for number in range(tokens):
             following = self._step(y) if number + 1 < tokens else y
             mx.async_eval(following)
             y.tolist()  # the user has the token
-            stamps.append(self._clock())
             if number:
+                stamps.append(self._clock())
                 after_each()
             y = following
         return np.diff(stamps).tolist()
@@ -135,15 +135,17 @@ def stock(model: llama.Model, context: Ids, batch: int, clock: Callable[[], floa
 
 
 def strategy_ran(model: Model, policy: Policy | Router, strategy: str, batch: int) -> str:
-    """What a strategy comes to while a batch is decoded, in the first layer; ``auto`` is none."""
-    if isinstance(policy, FixedPolicy):
-        return "dense" if strategy == "dense" else "planned"
-    if strategy != "auto":
-        return strategy
-    if batch == 1 and not isinstance(policy, Router):
+    """What a strategy comes to while a batch is decoded, in the first layer; ``auto`` is none.
+
+    Raises:
+        DuoError: it cannot run here.
+    """
+    alike = batch == 1 or isinstance(policy, FixedPolicy | ReplayPolicy)  # the sequences, where the host knows
+    if not isinstance(policy, Router) and strategy != "dense" and (alike or strategy == "sync"):
         return "planned"
     known_by = "device" if isinstance(policy, Router) else "host"
-    return auto.choose(model.layers[0].mlp, batch, model.model.norm.weight.dtype, known_by)
+    h = mx.zeros((batch, model.args.hidden_size), model.model.norm.weight.dtype)
+    return conditional.resolve(strategy, model.layers[0].mlp, h, known_by)
 
 
 def shares(routes: Routes) -> dict[str, float]:

@@ -4,6 +4,7 @@ A cell is one way to generate: an engine, a route, a strategy, a quantisation, a
 and sizes form a group, which is measured in the same interleaved rounds; the first cell of a group is its baseline.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -11,12 +12,13 @@ from itertools import product
 from duo_mlx.bench.budget import evenly_spaced
 from duo_mlx.errors import DuoError
 from duo_mlx.model import ModelArgs
-from duo_mlx.routes import format_pattern
+from duo_mlx.routes import Route, format_pattern, parse_pattern
 
 DUO, PEER = "duo-mlx", "mlx-lm"
 UNIFORM = ("big", "small", "skip")
 STORED = 0  # bits that mean: as the model is stored
 STEPS = 12  # intervals of the number of big layers in a deep model
+PROMPT, LONG, GENERATED = 64, 256, 32  # tokens
 CONTEXTS = (256, 1024, 4096)  # tokens before the prompt, as far as the model has room
 
 
@@ -52,8 +54,8 @@ class Grid:
     routes: tuple[str, ...]
     strategies: tuple[str, ...] = ("auto",)
     bits: tuple[int, ...] = (STORED,)
-    prompts: tuple[int, ...] = (64,)
-    generated: tuple[int, ...] = (32,)
+    prompts: tuple[int, ...] = (PROMPT,)
+    generated: tuple[int, ...] = (GENERATED,)
     batches: tuple[int, ...] = (1,)
     contexts: tuple[int, ...] = (0,)
     deep_routes: tuple[str, ...] = UNIFORM
@@ -66,10 +68,9 @@ class Grid:
             peer: whether mlx-lm's llama is measured in each group.
         """
         found = []
-        for bits, prompt, generated, batch, context in product(
-            self.bits, self.prompts, self.generated, self.batches, self.contexts
-        ):
-            sizes = (f"{bits}-bit" if bits else stored, prompt, generated, batch, context)
+        quantisations = dict.fromkeys(f"{bits}-bit" if bits else stored for bits in self.bits)
+        for sizes in product(quantisations, self.prompts, self.generated, self.batches, self.contexts):
+            context = sizes[-1]
             routes = self.routes if context == self.contexts[0] else self.deep_routes
             cells = [Cell(DUO, route, strategy, *sizes) for route in routes for strategy in self.strategies]
             found.append(cells + ([Cell(PEER, "big", "auto", *sizes)] if peer else []))
@@ -96,25 +97,44 @@ def _paper(args: ModelArgs) -> Grid:
     counts = sorted({round(step * layers / min(layers, STEPS)) for step in range(min(layers, STEPS) + 1)}, reverse=True)
     between = [format_pattern(evenly_spaced(layers, count)) for count in counts[1:-1]]
     turns = ["".join("B-"[layer % 2] for layer in range(layers)), "".join("Bs-"[layer % 3] for layer in range(layers))]
-    known = [f"budget:{count}" for count in _thirds(layers)] if args.best_patterns else []
+    known = [f"budget:{count}" for count in _quarters(layers) if count >= _cheapest(args)]
     random = ["random:0.5,0.5,0", "random:0.5,0.25,0.25"]
     router = ["router"] if args.router_choices else []
     routes = dict.fromkeys(["big", *between, "small", "skip", *turns, *known, *random, *router])
-    return Grid(tuple(routes), contexts=(0, *_depths(args, 64 + 32)))
+    return Grid(tuple(routes), contexts=(0, *_depths(args, PROMPT + GENERATED)))
 
 
 def _full(args: ModelArgs) -> Grid:
     """The paper's, quantised too, with longer prompts, batches, and ``dense``, which computes what routes leave out."""
-    return replace(_paper(args), strategies=("auto", "dense"), bits=(STORED, 8, 4), prompts=(64, 256), batches=(1, 4))
+    prompts = (PROMPT, LONG) if _room(args) >= LONG + GENERATED else (PROMPT,)
+    return replace(
+        _paper(args),
+        strategies=("auto", "dense"),
+        bits=(STORED, 8, 4),
+        prompts=prompts,
+        batches=(1, 4),
+        contexts=(0, *_depths(args, max(prompts) + GENERATED)),
+    )
 
 
-def _thirds(layers: int) -> list[int]:
+def _quarters(layers: int) -> list[int]:
     return sorted({round(layers * part / 4) for part in (1, 2, 3)}, reverse=True)
 
 
+def _cheapest(args: ModelArgs) -> float:
+    """The fewest big layers of a pattern that is known; infinity where none is."""
+    known = [args.realised(parse_pattern(each["pattern"], args.num_hidden_layers)) for each in args.best_patterns]
+    return min((pattern.tolist().count(Route.BIG) for pattern in known), default=math.inf)
+
+
 def _depths(args: ModelArgs, needed: int) -> list[int]:
-    limit = args.max_position_embeddings or max(CONTEXTS) + needed
-    return [context for context in CONTEXTS if context + needed <= limit]
+    return [context for context in CONTEXTS if context + needed <= _room(args)]
+
+
+def _room(args: ModelArgs) -> float:
+    """Positions that a cell may need; infinity where nothing limits them."""
+    sliding = args.sliding_window if "sliding_attention" in args.layer_types else None
+    return min(args.max_position_embeddings or math.inf, sliding or math.inf)
 
 
 def check(groups: Sequence[Sequence[Cell]], args: ModelArgs) -> None:

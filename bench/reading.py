@@ -83,7 +83,7 @@ def windows(text: Text, tokenizer: Any, tokens: int, length: int) -> NDArray[np.
     ids = np.array(tokenizer.encode(text.content, add_special_tokens=False), np.int32)
     fitting = (len(ids) - 1) // length
     count = min(max(1, tokens // length), fitting)
-    if not count:
+    if count < 1:
         raise DuoError(f"{text.source}: has {len(ids)} tokens; quality is measured on {length + 1} or more")
     starts = [round(place) * length for place in np.linspace(0, fitting - 1, count)]
     return np.stack([ids[start : start + length + 1] for start in starts])

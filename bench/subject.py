@@ -44,7 +44,8 @@ class Subject:
             "sha256": hashlib.sha256(json.dumps([config, shapes], sort_keys=True).encode()).hexdigest(),
         }
         plain, whole = self.tokenizer.encode("a", add_special_tokens=False), self.tokenizer.encode("a")
-        self.first = int(whole[0]) if len(whole) > len(plain) else None  # the token that begins a text, if there is one
+        # the token that begins a text, if there is one; some tokenizers add one that ends it
+        self.first = int(whole[0]) if whole[: len(plain)] != plain else None
 
     def model(self, quantisation: str) -> Model:
         """The model so quantised: as it is stored, or ``N-bit``.
@@ -86,11 +87,12 @@ def stored_format(model: Model) -> str:
 
 def parameters(model: Model) -> int:
     """How many parameters a model has, quantised weights counted as what they stand for."""
-    count = 0
-    for module in model.modules():
-        own = {name: array for name, array in module.items() if isinstance(array, mx.array)}
-        if "scales" in own:
-            count += own.pop("weight").size * 32 // module.bits
-            own = {name: array for name, array in own.items() if name == "bias"}
-        count += sum(array.size for array in own.values())
+    count, modules, weights = 0, dict(model.named_modules()), checkpoint.parameters(model)
+    for name, array in weights.items():
+        owner, _, kind = name.rpartition(".")
+        quantised = f"{owner}.scales" in weights
+        if not quantised or kind == "bias":
+            count += array.size
+        elif kind == "weight":
+            count += array.size * 32 // modules[owner].bits
     return count

@@ -24,15 +24,17 @@ def bytes_per_token(model: Model, routes: Routes, context: int, ran: str, by_rou
         ran: the strategy.
         by_router: the routers' weights are read, too.
     """
-    passes, batch, layers = routes.shape
+    _, batch, layers = routes.shape
     weights, caches = cost.weight_bytes(model, by_router), cost.cache_bytes(model, context)
     big, small = ((routes == route).any(axis=1) for route in (Route.BIG, Route.SMALL))
     if computes_everything(ran):
-        big, small = np.ones_like(big), np.array([[model.args.has_small(layer) for layer in range(layers)]] * passes)
+        big, small = np.ones_like(big), np.array([model.args.has_small(layer) for layer in range(layers)])
     second = np.array([nbytes(layer.mlp.small) for layer in model.layers])
     skips, smalls, bigs = (weights.by_route[:, route] for route in (Route.SKIP, Route.SMALL, Route.BIG))
     read = np.where(big, bigs + np.where(small, second, 0), np.where(small, smalls, skips))
-    return float((weights.fixed + read.sum(axis=1).mean()) / batch + caches.of(routes).mean())
+    # where skipping bypasses attention, too, it is done for all sequences or for none
+    attended = caches.of(np.where(big | small, Route.BIG, Route.SKIP))
+    return float((weights.fixed + read.sum(axis=1).mean()) / batch + attended.mean())
 
 
 def flops_per_token(model: Model, routes: Routes, context: int, ran: str) -> float:

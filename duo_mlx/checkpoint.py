@@ -166,14 +166,15 @@ def _check_safetensors(file: Path) -> None:
 def read_tokenizer(directory: Path, config: dict[str, Any]) -> "TokenizerWrapper":
     """The directory's tokenizer in mlx-lm's wrapper; code from the directory is refused."""
     from mlx_lm.tokenizer_utils import load as load_tokenizer
+    from transformers import PretrainedConfig
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns of every model_type that is not its own
     try:
-        return load_tokenizer(
-            directory, {"trust_remote_code": False, "local_files_only": True}, eos_token_ids=config.get("eos_token_id")
-        )
+        # a configuration without anything: transformers would read the model's own, some of which it cannot
+        options = {"trust_remote_code": False, "local_files_only": True, "config": PretrainedConfig()}
+        return load_tokenizer(directory, options, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
         raise DuoError(f"{directory}: the tokenizer cannot be read: {_one_line(error)}") from error
     finally:

@@ -32,6 +32,15 @@ def test_what_was_saved_is_loaded(saved, lazy):
     assert tokenizer.encode("w1 w2") == [3, 4] and tokenizer.eos_token_ids == {1}
 
 
+def test_a_rotation_that_transformers_cannot_make_of_an_unknown_architecture(copy):
+    """Llama 3's, say: the tokenizer is read without the model's configuration."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+    change_config(copy, rope_scaling=scaling, rope_theta=500000.0)
+    loaded, tokenizer = duo_mlx.load(copy)
+    assert loaded.args.rope_scaling == scaling
+    assert tokenizer.encode("w1 w2") == [3, 4] and tokenizer.eos_token_ids == {1}
+
+
 def test_half_precision_computes_in_float32_on_the_cpu_unless_told_otherwise(tiny_model, tiny_config, copy):
     weights = {name: value.astype(mx.bfloat16) for name, value in checkpoint.parameters(tiny_model()).items()}
     checkpoint.save(copy, tiny_config(), weights)

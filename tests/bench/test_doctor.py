@@ -54,7 +54,7 @@ class Device:
             for which in ("small", "big")
         ]
         missing = inners[1].shape[-1] - inners[0].shape[-1]
-        inners[0] = mx.pad(inners[0], [(0, 0), (0, 0), (0, missing)])
+        inners[0] = mx.pad(inners[0], [(0, 0), (0, missing)])
         return [chosen(given["route"], template, *inners)]
 
     def down(self, given, template):
