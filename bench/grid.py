@@ -68,13 +68,18 @@ class Grid:
             peer: whether mlx-lm's llama is measured in each group.
         """
         found = []
-        quantisations = dict.fromkeys(f"{bits}-bit" if bits else stored for bits in self.bits)
+        quantisations = dict.fromkeys(quantisation(bits, stored) for bits in self.bits)
         for sizes in product(quantisations, self.prompts, self.generated, self.batches, self.contexts):
             context = sizes[-1]
             routes = self.routes if context == self.contexts[0] else self.deep_routes
             cells = [Cell(DUO, route, strategy, *sizes) for route in routes for strategy in self.strategies]
             found.append(cells + ([Cell(PEER, "big", "auto", *sizes)] if peer else []))
         return found
+
+
+def quantisation(bits: int, stored: str) -> str:
+    """The name of so many bits; `STORED` is what the model is stored as."""
+    return f"{bits}-bit" if bits else stored
 
 
 def preset(name: str, args: ModelArgs) -> Grid:

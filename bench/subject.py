@@ -1,7 +1,6 @@
 """The model that ``duo-mlx bench run`` measures, in the quantisations that are asked for."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes)
@@ -30,18 +29,16 @@ class Subject:
 
     def __init__(self, path: str | None, revision: str | None):
         self._directory = checkpoint.resolve(path, revision)
-        config = checkpoint.read_config(self._directory)
         self._model, self.tokenizer = checkpoint.load(self._directory, fuse=True)
         self.args = self._model.args
         self.stored = self._now = stored_format(self._model)
-        shapes = sorted((name, array.shape) for name, array in checkpoint.parameters(self._model).items())
         self.name = "embedded" if path is None else Path(path).name if Path(path).is_dir() else path
         self.record = {
             "name": self.name,
             "revision": revision,
             "layers": self.args.num_hidden_layers,
             "parameters": parameters(self._model),
-            "sha256": hashlib.sha256(json.dumps([config, shapes], sort_keys=True).encode()).hexdigest(),
+            "sha256": fingerprint(self._directory),
         }
         plain, whole = self.tokenizer.encode("a", add_special_tokens=False), self.tokenizer.encode("a")
         # the token that begins a text, if there is one; some tokenizers add one that ends it
@@ -51,30 +48,55 @@ class Subject:
         """The model so quantised: as it is stored, or ``N-bit``.
 
         Raises:
-            DuoError: it is stored quantised, or its width cannot be quantised.
+            DuoError: see `refusal`.
         """
+        if reason := self.refusal(quantisation):
+            raise DuoError(reason)
         if quantisation != self._now:
             model, _ = checkpoint.load(self._directory)
             if quantisation != self.stored:
-                self._quantise(model, int(quantisation.removesuffix("-bit")))
+                self._quantise(model, _bits(quantisation))
             model.fuse()
             mx.eval(model.parameters())
             self._model, self._now = model, quantisation
         return self._model
 
-    def _quantise(self, model: Model, bits: int) -> None:
+    def refusal(self, quantisation: str) -> str | None:
+        """Why the model cannot be had in a quantisation, in one line; None if it can."""
+        if quantisation == self.stored:
+            return None
         if self.stored.endswith("-bit"):
-            raise DuoError(f"--bits {bits}: this model is stored with {self.stored} weights; leave --bits out")
-        size = next((size for size in GROUP_SIZES if self.args.hidden_size % size == 0), None)
-        if size is None:
-            raise DuoError(
-                f"--bits {bits}: the hidden size {self.args.hidden_size} is no multiple of {GROUP_SIZES[-1]}"
-            )
+            return f"--bits {_bits(quantisation)}: this model is stored with {self.stored} weights; leave --bits out"
+        if self._group_size is None:
+            hidden = self.args.hidden_size
+            return f"--bits {_bits(quantisation)}: the hidden size {hidden} is no multiple of {GROUP_SIZES[-1]}"
+        return None
+
+    @property
+    def _group_size(self) -> int | None:
+        return next((size for size in GROUP_SIZES if self.args.hidden_size % size == 0), None)
+
+    def _quantise(self, model: Model, bits: int) -> None:
+        size = self._group_size
+        assert size is not None
 
         def divides(_: str, module: nn.Module) -> bool:
             return hasattr(module, "to_quantized") and module.weight.shape[-1] % size == 0
 
         nn.quantize(model, size, bits, class_predicate=divides)
+
+
+def _bits(quantisation: str) -> int:
+    return int(quantisation.removesuffix("-bit"))
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 over a model's config.json and weights, as hexadecimal digits."""
+    whole = hashlib.sha256()
+    for file in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+        with file.open("rb") as opened:
+            whole.update(hashlib.file_digest(opened, "sha256").digest())
+    return whole.hexdigest()
 
 
 def stored_format(model: Model) -> str:

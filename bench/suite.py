@@ -24,8 +24,10 @@ from duo_mlx.bench.meters.window import measure_idle
 from duo_mlx.bench.rounds import Case, Prompts, Session, Settings
 from duo_mlx.bench.subject import Subject
 from duo_mlx.bench.system import Conditions, cautions, conditions, system_record
+from duo_mlx.errors import DuoError
 from duo_mlx.generation import policy_of
 from duo_mlx.model import Model
+from duo_mlx.router import Router
 
 IDLE = 10.0  # s in which the idle computer's energy is measured
 SAMPLED = 96  # tokens of the held-out text whose routes are shown one by one
@@ -77,11 +79,18 @@ def run(
     settings = question.settings
     groups = question.grid.groups(subject.stored, question.against == PEER)
     grid.check(groups, subject.args)
-    for route in dict.fromkeys(cell.route for group in groups for cell in group):
-        policy_of(subject.model(subject.stored), route)  # a wrong one is found before anything is measured
+    length = min(settings.quality_length, subject.args.max_position_embeddings or settings.quality_length)
+    for cell in (cell for group in groups for cell in group):  # what is wrong is found before anything is measured
+        if reason := subject.refusal(cell.quantisation):
+            raise DuoError(reason)
+        routes = policy_of(subject.model(subject.stored), cell.route)
+        recorded = None if isinstance(routes, Router) else routes.length
+        if recorded is not None and recorded < max(cell.positions, length):
+            raise DuoError(
+                f"--route {cell.route}: holds routes for {recorded} positions; {max(cell.positions, length)} are needed"
+            )
     prompt_text, held_out = reading.read(question.prompts, "prompts"), reading.read(question.text, "held_out")
     prompts = Prompts(reading.prompts(prompt_text, subject.tokenizer), subject.first)
-    length = min(settings.quality_length, subject.args.max_position_embeddings or settings.quality_length)
     windows = reading.windows(held_out, subject.tokenizer, settings.quality_tokens, length)
     result = folder.begin(
         out,
@@ -107,15 +116,14 @@ def run(
         force,
     )
     session = _begin(result, meter, look, sleep, clock)
-    deadline = clock() + 60 * settings.minutes
+    left, seconds = sum(map(len, groups)), 60 * settings.minutes  # cells, and the time for their rounds
     records = iter(result["cells"])
     try:
         for number, group in enumerate(groups):
             found = [next(records) for _ in group]
+            of_group, left = len(group) / left, left - len(group)
             if all(record["done"] for record in found):
                 continue
-            left = len(groups) - number
-            began, until = clock(), clock() + (deadline - clock()) / left
             model = subject.model(group[0].quantisation)
             _fill_quality(result, found, model, windows, subject, lambda share: progress("quality", share, 1.0))
             _add_parts(result, model, group[0])
@@ -123,11 +131,13 @@ def run(
             if session.number == len(result["sessions"]) - 1 and not result["sessions"][-1]["noise_floor"]:
                 floor = rounds.noise_floor(cases[0], prompts, settings.least_rounds)
                 result["sessions"][-1]["noise_floor"] = floor
+            began, until = clock(), clock() + seconds * of_group
             for done in rounds.rounds(cases, session, settings, prompts, until):
                 _summarise(cases, model, result, done)
                 folder.save(out, result)
                 share = 1.0 if done else min(1.0, (clock() - began) / max(until - began, 1e-9))
                 progress("cells", number + share, len(groups))
+            seconds -= clock() - began
     finally:
         folder.save(out, result)
     result["complete"] = True

@@ -121,7 +121,11 @@ def _grid(preset: str, subject: Any, options: dict[str, Any]) -> "Grid":
     if options["routes"]:  # asked for: then at all depths
         given["deep_routes"] = options["routes"]
     found = {name: tuple(dict.fromkeys(each)) for name, each in given.items() if each}
-    return replace(grid.preset(preset, subject.args), **found)
+    made = replace(grid.preset(preset, subject.args), **found)
+    if options["bits"]:
+        return made
+    possible = [bits for bits in made.bits if not subject.refusal(grid.quantisation(bits, subject.stored))]
+    return replace(made, bits=tuple(possible))  # a preset's, of a model that cannot be quantised
 
 
 def _settings(preset: str, options: dict[str, Any]) -> "Settings":

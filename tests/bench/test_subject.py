@@ -4,7 +4,6 @@ import shutil
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, processors
@@ -142,15 +141,14 @@ def test_a_model_that_is_stored_quantised_stays_so(stored_quantised, saved):
     assert subject.stored_format(found.model("8-bit")) == "8-bit"
 
 
-def test_the_digest_is_of_the_model_wherever_it_stands_and_whatever_its_weights_are_cast_to(copied, tiny_config):
-    first, second, cast = copied("first"), copied("second"), copied("cast")
-    file = cast / "model.safetensors"
-    save_file({name: array.astype(np.float16) for name, array in load_file(file).items()}, file, {"format": "mlx"})
-    digests = {Subject(str(directory), None).record["sha256"] for directory in (first, second, cast)}
-    assert len(digests) == 1
-    wider, other = copied("wider", small_intermediate_size=12), copied("other")
+def test_the_digest_is_of_the_model_wherever_it_stands(copied, tiny_config):
+    first, second, trained, other = (copied(name) for name in ("first", "second", "trained", "other"))
+    weights = load_file(trained / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, trained / "model.safetensors", {"format": "mlx"})
     checkpoint.save_config(other, tiny_config(eos_token_id=1, default_route="small"))
-    assert len(digests | {Subject(str(directory), None).record["sha256"] for directory in (wider, other)}) == 3
+    digests = [Subject(str(directory), None).record["sha256"] for directory in (first, second, trained, other)]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
 
 
 @pytest.mark.parametrize(("template", "first"), [("</s> $A", 1), ("$A </s>", None), ("</s> $A </s>", 1), ("$A", None)])
