@@ -21,6 +21,7 @@ from duo_mlx.bench import engine, figures, folder, grid, parts, quality, reading
 from duo_mlx.bench.grid import DUO, PEER, Cell
 from duo_mlx.bench.meters import Meter
 from duo_mlx.bench.meters.window import measure_idle
+from duo_mlx.bench.projected import gpu_work
 from duo_mlx.bench.rounds import Case, Prompts, Session, Settings
 from duo_mlx.bench.subject import Subject
 from duo_mlx.bench.system import Conditions, cautions, conditions, system_record
@@ -231,15 +232,19 @@ def _add_parts(result: dict[str, Any], model: Model, cell: Cell) -> None:
         result["parts"].append({"quantisation": cell.quantisation, "context": cell.context} | found)
 
 
+def _half_way(cell: Cell) -> int:
+    """Positions that the token in the middle of a generation attends to."""
+    return cell.context + cell.prompt_tokens + cell.generated_tokens // 2
+
+
 def _summarise(cases: Sequence[Case], model: Model, result: dict[str, Any], done: bool) -> None:
     """Bring the cells' figures up to date."""
     layers = len(model.layers)
     counted = []
     for case in cases:
         case.note_routes(layers)
-        half_way = case.cell.context + case.cell.prompt_tokens + case.cell.generated_tokens // 2
-        read = touched.bytes_per_token(model, case.routes, half_way, case.ran, case.by_router)
-        counted.append((read, touched.flops_per_token(model, case.routes, half_way, case.ran)))
+        read = touched.bytes_per_token(model, case.routes, _half_way(case.cell), case.ran, case.by_router)
+        counted.append((read, touched.flops_per_token(model, case.routes, _half_way(case.cell), case.ran)))
     for case, (read, flops) in zip(cases, counted, strict=True):
         record, mix = case.record, engine.shares(case.routes)
         record["summary"] = summary.summarise(
@@ -257,8 +262,10 @@ def _summarise(cases: Sequence[Case], model: Model, result: dict[str, Any], done
         )
         lost = sorted({why for each in record["runs"] for why in each["invalid_why"]})
         valid = record["summary"] is not None
+        context = _half_way(case.cell)
         record |= {
             "big_layers": mix["big"] * layers,
+            "gpu_work": gpu_work(model, case.cell.quantisation, case.routes, context, case.by_router),
             "valid": valid,
             "done": done,
             "invalid_why": [] if valid else lost,

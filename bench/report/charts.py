@@ -72,6 +72,7 @@ class Series:
     look: int | None = 0
     marker: int = 0
     peer: bool = False
+    projected: bool = False  # not measured: a dashed line
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from duo_mlx.bench.report.charts import Axis, Chart, Point, Range, Series, ticks, written
-from duo_mlx.bench.report.themes import DASHES, HATCHES, MARKERS, PEER_HATCH, PEER_MARKER, Theme
+from duo_mlx.bench.report.themes import DASHES, HATCHES, MARKERS, PEER_HATCH, PEER_MARKER, PROJECTED, Theme
 
 SIZE = (640.0, 330.0)  # px that labels are placed for
 BAR = 36  # px
@@ -59,7 +59,8 @@ def _trace(chart: Chart, series: Series, theme: Theme, places: dict[int, str]) -
         line = {"color": colour, "width": 2}
         found = dict(zip(keys, map(list, quantiles), strict=True))
         return trace | found | {"type": "box", "orientation": "h", "line": line, "width": 0.5, "hoverinfo": "x"}
-    trace |= {"type": "scatter", "line": {"color": colour, "width": 2, "dash": DASHES[series.marker % 4][0]}}
+    dash = PROJECTED if series.projected else DASHES[series.marker % len(DASHES)]
+    trace |= {"type": "scatter", "line": {"color": colour, "width": 2, "dash": dash[0]}}
     if series.kind == "step":
         return trace | {"mode": "lines", "line": {"color": colour, "width": 2, "shape": "hv"}, "hoverinfo": "skip"}
     return trace | {

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from string import Template
 
-from duo_mlx.bench.report import costs, figures, machines, tradeoffs
+from duo_mlx.bench.report import costs, figures, machines, projected, tradeoffs
 from duo_mlx.bench.report.charts import Chart, written
 from duo_mlx.bench.report.explorer import Text
 from duo_mlx.bench.report.markup import Node, data, html, node, table, unfolded
@@ -22,6 +22,7 @@ CHARTS: tuple[Callable[[Sequence[Result]], Chart], ...] = (
     costs.roofline,
     costs.spread,
     costs.course,
+    projected.speed_up,
 )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from duo_mlx.bench.report.charts import Chart, Series, ticks
-from duo_mlx.bench.report.themes import DASHES, HATCHES, LIGHT, MARKERS, PEER_HATCH, PEER_MARKER
+from duo_mlx.bench.report.themes import DASHES, HATCHES, LIGHT, MARKERS, PEER_HATCH, PEER_MARKER, PROJECTED
 from duo_mlx.errors import DuoError
 from duo_mlx.files import output_file, write_text, writing
 
@@ -127,13 +127,14 @@ def _series(axes: Any, series: Series, ends: dict[str, float]) -> Any:
         return axes.bxp(boxes, y, orientation="horizontal", widths=0.5, showfliers=False, **parts)["boxes"][0]
     if series.kind == "step":
         return axes.plot(x, y, color=colour, drawstyle="steps-post")[0]
+    dash = PROJECTED if series.projected else DASHES[series.marker % len(DASHES)]
     return axes.errorbar(
         x,
         y,
         xerr=_whiskers([(point.x, point.x_span) for point in points]),
         yerr=_whiskers([(value, point.y_span) for value, point in zip(y, points, strict=True)]),
         color=colour,
-        linestyle=DASHES[series.marker % len(DASHES)][1] if series.kind == "line" else "none",
+        linestyle=dash[1] if series.kind == "line" else "none",
         marker=(PEER_MARKER if series.peer else MARKERS[series.marker % len(MARKERS)])[1],
         markersize=(4 if len(points) > 20 else 7) + 4 * series.peer,
         markerfacecolor="none" if series.look is None else colour,

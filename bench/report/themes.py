@@ -44,4 +44,5 @@ MARKERS = (
 PEER_MARKER = ("star", "*")
 HATCHES = (("", ""), ("/", "///"), ("x", "xxx"), ("-", "---"), (".", "..."), ("|", "|||"), ("\\", "\\\\\\"))
 PEER_HATCH = HATCHES[1]
+PROJECTED = ("longdash", (0, (8, 4)))
 DASHES = (("solid", "-"), ("dash", "--"), ("dot", ":"), ("dashdot", "-."))

@@ -75,6 +75,7 @@ def cell(route, engine, metered, slower, context, rounds):
         "batch": 1,
         "context": context,
         "big_layers": LAYERS * big,
+        "gpu_work": {"strategy": "planned", "bits": 16, "bytes": 1e12 * tpot, "dispatches": 80.0, "waits": 0.0},
         "valid": True,
         "invalid_why": [],
         "runs": runs,

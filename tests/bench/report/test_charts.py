@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duo_mlx.bench.report import costs, figures, page, rows, themes, tradeoffs
+from duo_mlx.bench.report import costs, figures, page, projected, rows, themes, tradeoffs
 from duo_mlx.bench.report.charts import Axis, Chart, Point, Series, frontier, ticks, written
+from duo_mlx.projection import machines
 
 
 @pytest.fixture
@@ -288,3 +289,28 @@ def test_colours_can_be_seen(theme):
 )
 def test_figures_are_short(value, text):
     assert written(value) == text
+
+
+def test_a_projection_is_of_counted_work_and_drawn_dashed(results):
+    (result,) = results()
+    chart = projected.speed_up([result])
+    assert all(each.projected and each.name.endswith("a projection") for each in chart.series) and chart.series
+    for each, machine in zip(chart.series, machines(), strict=True):
+        assert labels(each.points) == ["", "", ""] and [point.x for point in each.points] == [0.0, 2.0, 4.0]
+        constants = machine.constants[0]
+        big, small = (bytes_ / constants.bandwidth_bytes_s + 80 * constants.dispatch_s for bytes_ in (2e10, 1.2e10))
+        assert [each.points[0].y, each.points[-1].y] == pytest.approx([big / small, 1.0])
+        assert each.points[0].y_span[0] <= each.points[0].y <= each.points[0].y_span[1]
+        line = next(
+            trace["line"] for trace in figures.figure(chart, themes.LIGHT)["data"] if trace["name"] == each.name
+        )
+        assert line["dash"] == "longdash"
+    assert "Nobody has run this project on a Mac yet." in chart.notes
+
+
+def test_without_counted_work_there_is_no_projection(results):
+    (result,) = results()
+    for cell in result.record["cells"]:
+        cell["gpu_work"] = None
+    chart = projected.speed_up([result])
+    assert not chart.series and "no counted work" in chart.why
