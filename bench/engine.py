@@ -1,7 +1,8 @@
 """Generation as ``duo-mlx bench run`` times it: prefill and decoding apart, token by token, the same for any engine.
 
 Both follow mlx-lm's `generate_step`, greedily and for a batch, too: a prompt in chunks and its last token by itself;
-while decoding, a step is started before the token of the last one is waited for. A cell owns a cache whose beginning,
+while decoding, a step is started before the token of the last one is waited for. (MLX's queue for the CPU holds ten
+operations, so that there the step ahead has nearly run by then: the first gap is two steps, the last none.) A cell owns a cache whose beginning,
 the context, is filled once; what a run adds is taken back, so that runs can be repeated without anything else between.
 """
 

@@ -1,5 +1,6 @@
 """What is paid for what: quality against energy, latency against energy, and both against how many layers are big."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from duo_mlx.bench.report.charts import Axis, Chart, Estimate, Point, Range, Series, Value, enumerate_once, frontier
@@ -8,6 +9,7 @@ from duo_mlx.bench.report.rows import PEER, Cell, Result, joined, usable
 MS = 1e3
 TPOT = "TPOT (ms)"
 ENERGY = "energy a decoded token (J)"
+FAR = math.log(10)  # nats above the best, ten times its perplexity: nobody would use that
 NONE = "No cell has a valid round yet."
 WHISKERS = "Whiskers are 95 % bootstrap intervals over rounds"
 
@@ -17,7 +19,9 @@ def quality(results: Sequence[Result]) -> Chart:
     cells = usable(results)
     metered = any(_joules(cell) for cell in cells)
     cost, name = (_joules, ENERGY) if metered else (_tpot, TPOT)
-    shown = {cell: found for cell in cells if cell.record["quality"] and (found := cost(cell))}
+    known = {cell: found for cell in cells if cell.record["quality"] and (found := cost(cell))}
+    best_loss = min((_loss(cell) for cell in known), default=0.0)
+    shown = {cell: found for cell, found in known.items() if _loss(cell) <= best_loss + FAR}
     series = []
     groups = enumerate_once(cell.group for cell in shown)
     for group, number in groups.items():
@@ -39,6 +43,8 @@ def quality(results: Sequence[Result]) -> Chart:
     notes = [*(meters(results) if metered else []), *no_energy(results)]
     if any(cell.peer for cell in cells):
         notes.append(f"{PEER} is left out: its quality was not measured.")
+    if far := [f"{cell.title} ({_loss(cell):.3g})" for cell in known if cell not in shown]:
+        notes.append(f"Left out, as their loss would flatten all others: {', '.join(far)}.")
     what = "energy" if metered else "latency"
     return Chart(
         "quality",
@@ -121,6 +127,10 @@ def no_energy(results: Sequence[Result]) -> list[str]:
 
 _LAYERS = Axis("layers in which a token meets big", zero=True)
 Measure = Callable[[Cell], Estimate | None]
+
+
+def _loss(cell: Cell) -> float:
+    return float(cell.record["quality"]["loss"]["median"])
 
 
 def _tpot(cell: Cell) -> Estimate | None:

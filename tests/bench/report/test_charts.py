@@ -62,22 +62,23 @@ def test_quality_is_shown_against_gross_energy(results):
     worse["quality"]["loss"] = {"median": 3.6, "low": 3.5, "high": 3.8}
     chart = tradeoffs.quality(rows.labelled([("", result.record | {"cells": [*result.record["cells"], worse]})]))
     kept = series(chart, "no cell is better in both").points
-    assert labels(kept) == ["skip", "small", "BBss", "big"]
-    assert [point.y for point in kept] == [7.0, 3.5, 3.2, 3.0]
+    assert labels(kept) == ["small", "BBss", "big"]
+    assert [point.y for point in kept] == [3.5, 3.2, 3.0]
+    assert "Left out, as their loss would flatten all others: skip (7)." in chart.notes
     assert kept[-1].x == pytest.approx(20 * 0.020 / 3) and kept[-1].x_span == pytest.approx((0.132, 0.13467), rel=1e-3)
     (beaten,) = series(chart, "another is better in both").points
     assert (beaten.label, beaten.y_span, beaten.row[-1]) == ("router", (3.5, 3.8), "no")
     assert series(chart, "another is better in both").look is None and chart.x.log and chart.better
     assert [point.label for point in series(chart, "frontier").points] == labels(kept)
     assert "mlx-lm is left out: its quality was not measured." in chart.notes
-    assert series(chart, "frontier").kind == "step" and len(chart.rows) == 5
+    assert series(chart, "frontier").kind == "step" and len(chart.rows) == 4
 
 
 def test_without_energy_quality_is_shown_against_latency_and_the_reason_is_said(results):
     found = results({"metered": False})
     chart = tradeoffs.quality(found)
     assert chart.title == "Quality against latency" and "TPOT" in chart.x.title
-    assert series(chart, "frontier").points[0].x == pytest.approx(10.0)
+    assert series(chart, "frontier").points[0].x == pytest.approx(12.0)
     why = "There is no energy: no meter: this is a test."
     assert why in chart.notes
     for none in (tradeoffs.latency_energy(found), tradeoffs.energy_layers(found)):
