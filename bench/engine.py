@@ -2,8 +2,9 @@
 
 Both follow mlx-lm's `generate_step`, greedily and for a batch, too: a prompt in chunks and its last token by itself;
 while decoding, a step is started before the token of the last one is waited for. (MLX's queue for the CPU holds ten
-operations, so that there the step ahead has nearly run by then: the first gap is two steps, the last none.) A cell owns a cache whose beginning,
-the context, is filled once; what a run adds is taken back, so that runs can be repeated without anything else between.
+operations, so that there the step ahead has nearly run by then: the first gap is two steps, the last none.) A cell
+owns a cache whose beginning, the context, is filled once; what a run adds is taken back, so that runs can be repeated
+without anything else between.
 """
 
 import time

@@ -167,8 +167,8 @@ def course(results: Sequence[Result]) -> Chart:
         "token-course",
         "From token to token: over a generation",
         "Median over all generations of the time to the next token; a rise is the growing cache, a step in all of them "
-        "a disturbance. On a CPU the first gap is two steps and the last is none: MLX queues so few operations there that "
-        "a step which is started ahead has nearly run when the token before it is handed out.",
+        "a disturbance. On a CPU the first gap is two steps and the last is none: MLX queues so few operations there "
+        "that a step which is started ahead has nearly run when the token before it is handed out.",
         Axis("generated token", zero=True),
         Axis("time to the next token (ms)", zero=True),
         ("machine", "cell", "generated token", "median (ms)"),
