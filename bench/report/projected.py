@@ -12,7 +12,8 @@ SPEED_UP = "times as fast as all big"
 
 def speed_up(results: Sequence[Result]) -> Chart:
     """Decoding of each pattern of big and small over all big's, by chip, from each result's counted work."""
-    on, series = machines(), []
+    on = machines()
+    series: list[Series] = []
     for result in results:
         cells = _comparable(result)
         for machine in on if len(cells) > 1 else ():
@@ -54,7 +55,7 @@ def _like(cell: Cell) -> tuple[Value, ...]:
 def _point(cell: Cell, big: Cell, machine: Machine) -> Point:
     own, others = (project(_work(each), machine) for each in (cell, big))
     gains = [other / one for other, one in zip(others, own, strict=True)]
-    row = (*cell.who, machine.name, *gains, 1e3 * own.typical)
+    row: tuple[Value, ...] = (*cell.who, machine.name, *gains, 1e3 * own.typical)
     return Point(cell.record["big_layers"], gains[0], row, y_span=(min(gains), max(gains)))
 
 

@@ -1,0 +1,104 @@
+"""What a token may spend: which patterns an oracle may choose from.
+
+==================  ===============================================================
+``none``            anything
+``4``               exactly 4 big layers (Duo-LLM's budgets)
+``at-most:4``       no more than 4 big layers
+``bytes:0.6``       at most 0.6 of the weight bytes that all big reads for a token
+``flops:0.6``       at most 0.6 of all big's FLOPs
+``6..2``            exactly so many big layers, from 6 at the first token to 2 at the last
+==================  ===============================================================
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from duo_mlx import cost
+from duo_mlx.errors import DuoError
+from duo_mlx.model import Model
+from duo_mlx.routes import Route, Routes
+
+FORMS = "none, a number of big layers, at-most:K, bytes:SHARE, flops:SHARE, or FROM..TO"
+SLACK = 1e-9  # relative, of shares
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit, by the name that was asked for.
+
+    Args:
+        name: its SPEC.
+        within: of costs ``[n]`` (big layers, bytes or FLOPs) and a token's place from 0 to 1, which are allowed.
+        price: the cost ``[n]`` of patterns ``[n, layers]``.
+        scheduled: whether the place matters.
+    """
+
+    name: str
+    price: Callable[[Routes], NDArray[np.float64]]
+    within: Callable[[NDArray[np.float64], float], NDArray[np.bool_]]
+    scheduled: bool = False
+
+    def allows(self, patterns: Routes, tokens: int) -> NDArray[np.bool_]:
+        """Which patterns ``[n, layers]`` each token may have: ``[n, tokens]``, or ``[n, 1]`` if all may the same."""
+        prices = self.price(patterns)
+        places = np.linspace(0, 1, tokens) if self.scheduled else (0.0,)
+        return np.stack([self.within(prices, place) for place in places], axis=1)
+
+    def at(self, patterns: Routes, token: int, tokens: int) -> NDArray[np.bool_]:
+        """Which patterns ``[n, layers]`` one token of so many may have."""
+        return self.within(self.price(patterns), token / max(1, tokens - 1))
+
+
+def bigs(patterns: Routes) -> NDArray[np.float64]:
+    """Big layers of patterns ``[n, layers]``."""
+    return (patterns == Route.BIG).sum(axis=-1).astype(np.float64)
+
+
+def parse_limit(spec: str, model: Model, context: int) -> Limit:
+    """The limit that ``spec`` names.
+
+    Args:
+        spec: see above.
+        model: whose layers, weights as they are stored.
+        context: positions that a token attends to, for its FLOPs.
+
+    Raises:
+        DuoError: what is wrong with ``spec``, in one line.
+    """
+    layers = model.args.num_hidden_layers
+    if spec == "none":
+        return Limit(spec, bigs, lambda prices, _: np.ones(len(prices), bool))
+    if found := re.fullmatch(r"(at-most:)?(\d{1,6})", spec):
+        count = _count(spec, found[2], layers)
+        if found[1]:
+            return Limit(spec, bigs, lambda prices, _: prices <= count)
+        return Limit(spec, bigs, lambda prices, _: prices == count)
+    if found := re.fullmatch(r"(\d{1,6})\.\.(\d{1,6})", spec):
+        first, last = (_count(spec, number, layers) for number in found.groups())
+        return Limit(spec, bigs, lambda prices, place: prices == round(first + (last - first) * place), scheduled=True)
+    if found := re.fullmatch(r"(bytes|flops):([0-9.]{1,12})", spec):
+        share = _share(spec, found[2])
+        table = cost.weight_bytes(model) if found[1] == "bytes" else cost.flops(model.args, context)
+        most = share * float(table.of(np.full(layers, Route.BIG, np.uint8))) * (1 + SLACK)
+        return Limit(spec, lambda patterns: table.of(patterns).astype(np.float64), lambda prices, _: prices <= most)
+    raise DuoError(f"--budget {spec!r}: give {FORMS}")
+
+
+def _count(spec: str, text: str, layers: int) -> int:
+    if int(text) > layers:
+        raise DuoError(f"--budget {spec!r}: the model has {layers} layers, so no token can have {text} big ones")
+    return int(text)
+
+
+def _share(spec: str, text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise DuoError(f"--budget {spec!r}: a share lies between 0 and 1, such as {spec.partition(':')[0]}:0.6")
+    return share

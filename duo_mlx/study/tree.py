@@ -1,0 +1,172 @@
+"""Every pattern of a model, exactly: a depth-first walk over the tree of patterns.
+
+Patterns share their beginnings, so a layer's attention is computed once for all patterns that agree before it, and its
+FFNs once for each route in it: for 12 layers of big and small 4,095 attention and 8,190 FFN evaluations instead of
+49,152 of either. The children of a node go on as one batch; what is not gone on with yet waits, so that memory is
+bounded by the depth and not by the number of patterns.
+
+`Text` walks over a text, all tokens of which have the same pattern; `duo_mlx.study.committed` over one token's.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from duo_mlx.llama_parts import Rotation
+from duo_mlx.model import Layer, Model
+from duo_mlx.routes import Route, Routes
+
+Options = Sequence[Sequence[Route]]
+Losses = NDArray[np.float32]
+
+
+@dataclass
+class Work:
+    """How many times a module was evaluated on one sequence, or on one token."""
+
+    attention: int = 0
+    ffn: int = 0
+    head: int = 0
+
+
+def layer_options(model: Model, choices: Sequence[Route]) -> list[tuple[Route, ...]]:
+    """The routes of each layer among ``choices``; a layer without a small FFN has no small beside big."""
+    ordered = sorted(set(choices))
+    both = {Route.SMALL, Route.BIG} <= set(ordered)
+    return [
+        tuple(route for route in ordered if not (both and route is Route.SMALL and not model.args.has_small(layer)))
+        for layer in range(model.args.num_hidden_layers)
+    ]
+
+
+def token_losses(logits: mx.array, targets: mx.array) -> mx.array:
+    """Nats ``[batch, tokens]`` of ``targets [tokens]`` by ``logits [batch, tokens, vocab]``."""
+    return nn.losses.cross_entropy(logits.astype(mx.float32), mx.broadcast_to(targets, logits.shape[:2]))
+
+
+class Branches:
+    """A layer's outputs for several routes of all tokens, from one evaluation of its attention.
+
+    Args:
+        layer: of a Duo.
+        h: its input ``[batch, tokens, hidden]``.
+        mask, rotate, cache: as a layer takes them.
+    """
+
+    def __init__(
+        self, layer: Layer, h: mx.array, mask: mx.array | str | None, rotate: Rotation, cache: Any = None
+    ) -> None:
+        self._layer, self._h = layer, h
+        self._attended = layer.self_attn(layer.input_layernorm(h), mask, cache, rotate, residual=h)
+        self._x = layer.post_attention_layernorm(self._attended)
+
+    def take(self, route: Route) -> mx.array:
+        """The output under one route."""
+        if route is Route.SKIP:
+            return self._h if self._layer.skips_attention else self._attended
+        return (self._layer.mlp.big if route is Route.BIG else self._layer.mlp.small)(self._x, self._attended)
+
+
+class Walk(ABC):
+    """The walk; a subclass says what a node is.
+
+    Args:
+        model: a Duo.
+        options: each layer's routes.
+        rows: patterns of one batch at most, which bounds the memory.
+        wanted: of patterns' beginnings ``[n, depth]``, which to go on with; None: all.
+    """
+
+    axis = 0  # of the nodes of a batch
+
+    def __init__(
+        self,
+        model: Model,
+        options: Options,
+        rows: int,
+        wanted: Callable[[Routes], NDArray[np.bool_]] | None = None,
+    ):
+        self.model = model
+        self.work = Work()
+        self._options, self._rows, self._wanted = options, rows, wanted
+
+    @abstractmethod
+    def root(self) -> mx.array:
+        """The input of the first layer."""
+
+    @abstractmethod
+    def branches(self, depth: int, h: mx.array) -> Branches:
+        """A layer's outputs for the nodes ``h``."""
+
+    @abstractmethod
+    def leaves(self, h: mx.array) -> Losses:
+        """Losses ``[n, tokens]`` of the last layer's outputs."""
+
+    def losses(self) -> Iterator[tuple[Routes, Losses]]:
+        """Patterns ``[n, layers]`` and their losses ``[n, tokens]`` in nats, batch by batch."""
+        yield from self._below(self.root(), np.zeros((1, 0), np.uint8))
+
+    def _below(self, h: mx.array, begun: Routes) -> Iterator[tuple[Routes, Losses]]:
+        depth = begun.shape[1]
+        if depth == len(self._options):
+            self.work.head += len(begun)
+            yield begun, self.leaves(h)
+            return
+        self.work.attention += len(begun)
+        branches = self.branches(depth, h)
+        outputs, patterns = [], []
+        for route in self._options[depth]:
+            self.work.ffn += 0 if route is Route.SKIP else len(begun)
+            outputs.append(branches.take(route))
+            patterns.append(np.concatenate([begun, np.full((len(begun), 1), route, np.uint8)], axis=1))
+        children, longer = mx.concatenate(outputs, axis=self.axis), np.concatenate(patterns)
+        if self._wanted is not None:
+            kept = np.flatnonzero(self._wanted(longer))
+            children, longer = mx.take(children, mx.array(kept.astype(np.int32)), axis=self.axis), longer[kept]
+        mx.eval(children)
+        del branches, outputs, h
+        for start in range(0, len(longer), self._rows):
+            stop = min(start + self._rows, len(longer))
+            part = children[start:stop] if self.axis == 0 else children[:, start:stop]
+            yield from self._below(part, longer[start:stop])
+
+
+class Text(Walk):
+    """The patterns over a text, each of which all of its tokens have.
+
+    Args:
+        model, options, rows, wanted: see `Walk`.
+        inputs: ids ``[tokens]``.
+        targets: the true next tokens ``[tokens]``.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        inputs: NDArray[np.integer],
+        targets: NDArray[np.integer],
+        options: Options,
+        rows: int = 64,
+        wanted: Callable[[Routes], NDArray[np.bool_]] | None = None,
+    ):
+        super().__init__(model, options, rows, wanted)
+        self._targets = mx.array(targets)
+        self._embedded = model.model.embed_tokens(mx.array(inputs)[None])
+        self._masks = model.model.masks(self._embedded, [None] * len(options))
+        self._rotate = model.layers[0].self_attn.rotation(len(inputs), None)
+
+    def root(self) -> mx.array:
+        return self._embedded
+
+    def branches(self, depth: int, h: mx.array) -> Branches:
+        layer = self.model.layers[depth]
+        return Branches(layer, h, self._masks[layer.use_sliding], self._rotate)
+
+    def leaves(self, h: mx.array) -> Losses:
+        return np.array(token_losses(self.model.head(self.model.model.norm(h)), self._targets))
