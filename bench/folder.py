@@ -7,7 +7,7 @@ from typing import Any
 
 from duo_mlx.bench import results, tables
 from duo_mlx.errors import DuoError
-from duo_mlx.files import output_file
+from duo_mlx.files import output_file, write_text
 
 SAME = ("settings", "model", "texts")  # what must be the same for a run to go on
 
@@ -17,7 +17,7 @@ def begin(folder: Path, fresh: dict[str, Any], force: bool) -> dict[str, Any]:
 
     Raises:
         DuoError: the folder is not one of results, holds a finished result or that of another question, or was
-            measured on another machine or with other versions.
+            measured by another meter, on another machine or with other versions.
     """
     if folder.exists() and not folder.is_dir():
         raise DuoError(f"--out {folder}: is a file; give the name of a folder")
@@ -31,6 +31,8 @@ def begin(folder: Path, fresh: dict[str, Any], force: bool) -> dict[str, Any]:
     if found["complete"]:
         raise DuoError(f"--out {folder}: holds a finished result; give --force to replace it, or another name")
     other = [key for key in SAME if found[key] != fresh[key]]
+    if found["meter"]["label"] != fresh["meter"]["label"]:
+        other.append("meter")
     if [cell["id"] for cell in found["cells"]] != [cell["id"] for cell in fresh["cells"]]:
         other.append("cells")
     other += [key for key in ("device", "versions") if found["system"].get(key) != fresh["system"].get(key)]
@@ -51,4 +53,4 @@ def save(folder: Path, result: dict[str, Any]) -> None:
     }
     for name, text in texts.items():
         with output_file(folder / name, force=True) as file:
-            file.write_text(text(), encoding="utf-8")
+            write_text(file, text())

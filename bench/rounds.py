@@ -6,7 +6,7 @@ make a run invalid; it is kept with the reason, and does not count.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes)
@@ -19,7 +19,7 @@ from duo_mlx.bench import engine, peer, reading, summary
 from duo_mlx.bench.energy import Counted
 from duo_mlx.bench.grid import PEER, Cell
 from duo_mlx.bench.interleave import interleave
-from duo_mlx.bench.intervals import Interval, interval
+from duo_mlx.bench.intervals import interval
 from duo_mlx.bench.meters import Meter
 from duo_mlx.bench.meters.window import Energy
 from duo_mlx.bench.system import Conditions, changes, conditions
@@ -78,6 +78,11 @@ class Session:
     look: Callable[[], Conditions] = conditions
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
+
+    def settle(self, now: Conditions) -> None:
+        """A machine that has cooled down since the session began is what later runs are compared with."""
+        if now.thermal_level is not None and now.thermal_level < (self.began.thermal_level or 0):
+            self.began = replace(self.began, thermal_level=now.thermal_level)
 
 
 @dataclass
@@ -170,23 +175,23 @@ def rounds(
             raise
         valid = any(number in summary.valid_rounds(case.record["runs"]) for case in cases)
         lost, number = 0 if valid else lost + 1, number + 1
-        done = (
-            lost == GIVE_UP
-            or number >= settings.most_rounds
-            or session.clock() >= until
-            or (number >= settings.least_rounds and precise(cases, settings.precision))
-        )
+        done = lost == GIVE_UP or number >= settings.most_rounds or session.clock() >= until or precise(cases, settings)
         yield done
 
 
-def precise(cases: Sequence[Case], precision: float) -> bool:
-    """Whether each cell's time over the baseline's is known well enough; of a single cell, its time."""
-    own = summary.by_round(summary.valid_rounds(cases[0].record["runs"]), summary.tpot)
-    if own is None:
+def precise(cases: Sequence[Case], settings: Settings) -> bool:
+    """Whether each cell's time over the baseline's is known well enough, from enough rounds that are valid for both.
+
+    Of a single cell, its time.
+    """
+    valid = [summary.valid_rounds(case.record["runs"]) for case in cases]
+    if any(len(each.keys() & valid[0].keys()) < settings.least_rounds for each in valid):
         return False
+    own = summary.by_round(valid[0], summary.tpot)
+    assert own is not None  # there is a round, and every run has times
     ratios = [summary.tpot_ratio(case.record["runs"], cases[0].record["runs"]) for case in cases[1:]]
-    found: list[Interval | None] = [*ratios] or [interval(list(own.values()))]
-    return all(each is not None and (each.high - each.low) / 2 <= precision * each.median for each in found)
+    found = ratios or [interval(list(own.values()))]
+    return all(each is not None and (each.high - each.low) / 2 <= settings.precision * each.median for each in found)
 
 
 def run(
@@ -196,6 +201,7 @@ def run(
     _cool(session, settings.cool_down)
     cell = case.cell
     before = session.look()
+    session.settle(before)
     mx.reset_peak_memory()
     start = mx.get_active_memory()
 

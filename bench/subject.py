@@ -32,7 +32,7 @@ class Subject:
         self._model, self.tokenizer = checkpoint.load(self._directory, fuse=True)
         self.args = self._model.args
         self.stored = self._now = stored_format(self._model)
-        self.name = "embedded" if path is None else Path(path).name if Path(path).is_dir() else path
+        self.name = "embedded" if path is None else Path(path).resolve().name if Path(path).is_dir() else path
         self.record = {
             "name": self.name,
             "revision": revision,

@@ -14,6 +14,7 @@ from typing import Any
 import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes)
 
 # isort: split
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,7 +27,7 @@ from duo_mlx.bench.rounds import Case, Prompts, Session, Settings
 from duo_mlx.bench.subject import Subject
 from duo_mlx.bench.system import Conditions, cautions, conditions, system_record
 from duo_mlx.errors import DuoError
-from duo_mlx.generation import policy_of
+from duo_mlx.generation import RoutedModel, policy_of
 from duo_mlx.model import Model
 from duo_mlx.router import Router
 
@@ -81,15 +82,7 @@ def run(
     groups = question.grid.groups(subject.stored, question.against == PEER)
     grid.check(groups, subject.args)
     length = min(settings.quality_length, subject.args.max_position_embeddings or settings.quality_length)
-    for cell in (cell for group in groups for cell in group):  # what is wrong is found before anything is measured
-        if reason := subject.refusal(cell.quantisation):
-            raise DuoError(reason)
-        routes = policy_of(subject.model(subject.stored), cell.route)
-        recorded = None if isinstance(routes, Router) else routes.length
-        if recorded is not None and recorded < max(cell.positions, length):
-            raise DuoError(
-                f"--route {cell.route}: holds routes for {recorded} positions; {max(cell.positions, length)} are needed"
-            )
+    _check(groups, subject, length)
     prompt_text, held_out = reading.read(question.prompts, "prompts"), reading.read(question.text, "held_out")
     prompts = Prompts(reading.prompts(prompt_text, subject.tokenizer), subject.first)
     windows = reading.windows(held_out, subject.tokenizer, settings.quality_tokens, length)
@@ -116,6 +109,7 @@ def run(
         },
         force,
     )
+    folder.save(out, result)  # a folder that cannot be written is better known now
     session = _begin(result, meter, look, sleep, clock)
     left, seconds = sum(map(len, groups)), 60 * settings.minutes  # cells, and the time for their rounds
     records = iter(result["cells"])
@@ -129,7 +123,7 @@ def run(
             _fill_quality(result, found, model, windows, subject, lambda share: progress("quality", share, 1.0))
             _add_parts(result, model, group[0])
             cases = rounds.cases(group, found, model, prompts, settings.seed)
-            if session.number == len(result["sessions"]) - 1 and not result["sessions"][-1]["noise_floor"]:
+            if not result["sessions"][-1]["noise_floor"]:
                 floor = rounds.noise_floor(cases[0], prompts, settings.least_rounds)
                 result["sessions"][-1]["noise_floor"] = floor
             began, until = clock(), clock() + seconds * of_group
@@ -144,6 +138,27 @@ def run(
     result["complete"] = True
     folder.save(out, result)
     return result
+
+
+def _check(groups: Sequence[Sequence[Cell]], subject: Subject, length: int) -> None:
+    """Refuse cells that the model cannot run, before anything is measured; ``length`` is that of quality's windows."""
+    asked = [cell for group in groups for cell in group]
+    for cell in asked:
+        if reason := subject.refusal(cell.quantisation):
+            raise DuoError(reason)
+        routes = policy_of(subject.model(subject.stored), cell.route)
+        recorded = None if isinstance(routes, Router) else routes.length
+        if recorded is not None and recorded < max(cell.positions, length):
+            raise DuoError(
+                f"--route {cell.route}: holds routes for {recorded} positions; {max(cell.positions, length)} are needed"
+            )
+    named = (cell for cell in asked if cell.strategy not in ("auto", "dense"))  # which run anywhere
+    for bits, route, strategy, batch in dict.fromkeys((c.quantisation, c.route, c.strategy, c.batch) for c in named):
+        model = subject.model(bits)
+        try:
+            RoutedModel(model, policy_of(model, route), strategy)(mx.zeros((batch, 1), mx.int32))
+        except DuoError as error:
+            raise DuoError(f"--route {route}: {error}") from None
 
 
 def _unmeasured(cell: Cell) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Energy:
 
     def record(self) -> dict[str, Any]:
         """For a result's JSON."""
-        return asdict(self) | {"mean_w": self.mean_w}
+        return asdict(self) | {"flags": list(self.flags), "mean_w": self.mean_w}
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def test_plots_and_their_tables_are_written_where_they_are_wanted(run, tmp_path)
     assert done.exit_code == 0, done.output
     files = sorted(file.name for file in (tmp_path / "plots").iterdir())
     assert done.stderr == f"wrote {tmp_path}/new/x.html and {len(files)} files in {tmp_path}/plots\n"
-    assert {"quality.svg", "quality.png", "quality.csv"} <= set(files) and len(files) == 18
+    assert {"quality.svg", "quality.png", "quality.csv"} <= set(files) and len(files) == 21
     assert (tmp_path / "new" / "x.html").read_text().startswith("<!doctype html>")
 
 
