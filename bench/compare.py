@@ -1,6 +1,6 @@
 """Two results of ``duo-mlx bench run``, B against A: what got faster, slower, smaller, better or worse.
 
-For what is timed or metered: one value a round, the mean of its valid runs there and back; the logarithm of B over A,
+For what is timed or metered: one value a round, the mean of its runs there and back; the logarithm of B over A,
 paired by round number; its median and the 95 % bootstrap interval of the median. A loss is compared by its difference
 in nats, which is the log-ratio of the perplexities, so that one threshold serves all: 2 % is 0.02 nats. Losses over
 the same windows and peaks of memory have no noise from round to round and are compared exactly.
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
+from duo_mlx.bench import summary
 from duo_mlx.bench.intervals import Interval, interval
 from duo_mlx.errors import DuoError
 
@@ -26,34 +27,11 @@ SURE = 5  # rounds; the bootstrap of a median over fewer is from the least to th
 Record = Mapping[str, Any]
 
 
-def _mean(found: Iterable[float]) -> float | None:
-    values = list(found)
-    return sum(values) / len(values) if values else None
-
-
-def _tpot(runs: Sequence[Record]) -> float | None:
-    gaps = ([gap for each in run["token_s"] for gap in each] for run in runs)
-    return _mean(sum(each) / len(each) for each in gaps if each)
-
-
-def _ttft(runs: Sequence[Record]) -> float | None:
-    return _mean(sum(run["ttft_s"]) / len(run["ttft_s"]) for run in runs if run["ttft_s"])
-
-
-def _joules(kind: str) -> Callable[[Sequence[Record]], float | None]:
-    def per_token(runs: Sequence[Record]) -> float | None:
-        windows = [run[kind] for run in runs if run[kind] and run[kind]["total_j"] is not None]
-        tokens = sum(window["tokens"] for window in windows)
-        return sum(window["total_j"] for window in windows) / tokens if tokens else None
-
-    return per_token
-
-
 ROUNDED = {
-    "tpot_s": _tpot,
-    "ttft_s": _ttft,
-    "decode_j_per_token": _joules("decode_energy"),
-    "prefill_j_per_token": _joules("prefill_energy"),
+    "tpot_s": summary.tpot,
+    "ttft_s": summary.ttft,
+    "decode_j_per_token": summary.joules("decode"),
+    "prefill_j_per_token": summary.joules("prefill"),
 }
 ENERGY = ("decode_j_per_token", "prefill_j_per_token")
 EXACT: dict[str, Callable[[Record], Any]] = {
@@ -172,10 +150,9 @@ def compare(
     return Comparison(threshold, raised, rows, overall, only, invalid, notes)
 
 
-def _rounds(cell: Record, value: Callable[[Sequence[Record]], float | None]) -> dict[int, float]:
-    """A cell's values by number of round, of its valid runs."""
-    valid = [run for run in cell["runs"] if not run["invalid_why"]]
-    found = {number: value([run for run in valid if run["round"] == number]) for number in {r["round"] for r in valid}}
+def _rounds(cell: Record, value: Callable[[summary.Run], float | None]) -> dict[int, float]:
+    """A cell's values by number of round, of its valid rounds."""
+    found = summary.by_round(summary.valid_rounds(cell["runs"]), value) or {}
     return {number: each for number, each in sorted(found.items()) if _usable(each)}
 
 
