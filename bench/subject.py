@@ -1,6 +1,5 @@
 """The model that ``duo-mlx bench run`` measures, in the quantisations that are asked for."""
 
-import hashlib
 from pathlib import Path
 
 import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes)
@@ -38,7 +37,7 @@ class Subject:
             "revision": revision,
             "layers": self.args.num_hidden_layers,
             "parameters": parameters(self._model),
-            "sha256": fingerprint(self._directory),
+            "sha256": checkpoint.fingerprint(self._directory),
         }
         plain, whole = self.tokenizer.encode("a", add_special_tokens=False), self.tokenizer.encode("a")
         # the token that begins a text, if there is one; some tokenizers add one that ends it
@@ -88,15 +87,6 @@ class Subject:
 
 def _bits(quantisation: str) -> int:
     return int(quantisation.removesuffix("-bit"))
-
-
-def fingerprint(directory: Path) -> str:
-    """SHA-256 over a model's config.json and weights, as hexadecimal digits."""
-    whole = hashlib.sha256()
-    for file in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
-        with file.open("rb") as opened:
-            whole.update(hashlib.file_digest(opened, "sha256").digest())
-    return whole.hexdigest()
 
 
 def stored_format(model: Model) -> str:

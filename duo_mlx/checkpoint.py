@@ -8,6 +8,7 @@ mlx-lm, transformers and the hub's library are imported where they are used: the
 directory does not need them.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,6 +153,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     if config.get("model_type") != "duo":
         raise DuoError(f"{file}: model_type is {config.get('model_type')!r}; this package runs models of type 'duo'")
     return config
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 over a model's config.json and weights, as hexadecimal digits."""
+    whole = hashlib.sha256()
+    for file in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+        with file.open("rb") as opened:
+            whole.update(hashlib.file_digest(opened, "sha256").digest())
+    return whole.hexdigest()
 
 
 def _check_safetensors(file: Path) -> None:

@@ -28,29 +28,44 @@ SLACK = 1e-9  # relative, of shares
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit, by the name that was asked for.
+    """One limit.
 
     Args:
         name: its SPEC.
-        within: of costs ``[n]`` (big layers, bytes or FLOPs) and a token's place from 0 to 1, which are allowed.
-        price: the cost ``[n]`` of patterns ``[n, layers]``.
+        price: the cost ``[n]`` of patterns ``[n, layers]``: big layers, bytes or FLOPs.
+        bounds: the least and the most that a token may spend, by its place in the text from 0 to 1.
         scheduled: whether the place matters.
     """
 
     name: str
     price: Callable[[Routes], NDArray[np.float64]]
-    within: Callable[[NDArray[np.float64], float], NDArray[np.bool_]]
+    bounds: Callable[[float], tuple[float, float]]
     scheduled: bool = False
 
     def allows(self, patterns: Routes, tokens: int) -> NDArray[np.bool_]:
         """Which patterns ``[n, layers]`` each token may have: ``[n, tokens]``, or ``[n, 1]`` if all may the same."""
-        prices = self.price(patterns)
-        places = np.linspace(0, 1, tokens) if self.scheduled else (0.0,)
-        return np.stack([self.within(prices, place) for place in places], axis=1)
+        each = range(tokens) if self.scheduled else (0,)
+        return np.stack([self.at(patterns, token, tokens) for token in each], axis=1)
 
     def at(self, patterns: Routes, token: int, tokens: int) -> NDArray[np.bool_]:
         """Which patterns ``[n, layers]`` one token of so many may have."""
-        return self.within(self.price(patterns), token / max(1, tokens - 1))
+        least, most = self.bounds(token / max(1, tokens - 1))
+        prices = self.price(patterns)
+        return (least <= prices) & (prices <= most)
+
+    def reaches(self, beginnings: Routes, layers: int, token: int, tokens: int) -> NDArray[np.bool_]:
+        """Which beginnings ``[n, depth]`` of patterns of so many layers can become one that a token may have.
+
+        Only big layers are counted ahead; of other prices every beginning is kept until it is whole.
+        """
+        depth = beginnings.shape[1]
+        if depth == layers:
+            return self.at(beginnings, token, tokens)
+        if self.price is not bigs:
+            return np.ones(len(beginnings), bool)
+        least, most = self.bounds(token / max(1, tokens - 1))
+        spent = bigs(beginnings)
+        return (spent <= most) & (least <= spent + layers - depth)
 
 
 def bigs(patterns: Routes) -> NDArray[np.float64]:
@@ -71,20 +86,19 @@ def parse_limit(spec: str, model: Model, context: int) -> Limit:
     """
     layers = model.args.num_hidden_layers
     if spec == "none":
-        return Limit(spec, bigs, lambda prices, _: np.ones(len(prices), bool))
+        return Limit(spec, bigs, lambda _: (0, layers))
     if found := re.fullmatch(r"(at-most:)?(\d{1,6})", spec):
         count = _count(spec, found[2], layers)
-        if found[1]:
-            return Limit(spec, bigs, lambda prices, _: prices <= count)
-        return Limit(spec, bigs, lambda prices, _: prices == count)
+        least = 0 if found[1] else count
+        return Limit(spec, bigs, lambda _: (least, count))
     if found := re.fullmatch(r"(\d{1,6})\.\.(\d{1,6})", spec):
         first, last = (_count(spec, number, layers) for number in found.groups())
-        return Limit(spec, bigs, lambda prices, place: prices == round(first + (last - first) * place), scheduled=True)
+        return Limit(spec, bigs, lambda place: (round(first + (last - first) * place),) * 2, scheduled=True)
     if found := re.fullmatch(r"(bytes|flops):([0-9.]{1,12})", spec):
         share = _share(spec, found[2])
         table = cost.weight_bytes(model) if found[1] == "bytes" else cost.flops(model.args, context)
         most = share * float(table.of(np.full(layers, Route.BIG, np.uint8))) * (1 + SLACK)
-        return Limit(spec, lambda patterns: table.of(patterns).astype(np.float64), lambda prices, _: prices <= most)
+        return Limit(spec, lambda patterns: table.of(patterns).astype(np.float64), lambda _: (0, most))
     raise DuoError(f"--budget {spec!r}: give {FORMS}")
 
 

@@ -1,5 +1,7 @@
 """What a token may spend: each limit allows what its words say, and a wrong one is refused in one line."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -7,10 +9,16 @@ from duo_mlx import cost
 from duo_mlx.errors import DuoError
 from duo_mlx.routes import Route
 from duo_mlx.study.limits import parse_limit
-from duo_mlx.study.oracle import every
 
 LAYERS, TOKENS, CONTEXT = 4, 5, 16
-PATTERNS = every([tuple(Route)] * LAYERS)
+
+
+def every(layers):
+    """All patterns of big, small and skip."""
+    return np.array(list(product(Route, repeat=layers)), np.uint8)
+
+
+PATTERNS = every(LAYERS)
 BIGS = (PATTERNS == Route.BIG).sum(axis=1)
 
 
@@ -48,6 +56,19 @@ def test_a_schedule_goes_from_token_to_token(tiny_model):
     for token in range(TOKENS):
         np.testing.assert_array_equal(falling.at(PATTERNS, token, TOKENS), found[:, token])
     assert parse_limit("2..4", tiny_model(), CONTEXT).at(PATTERNS, 0, 1).sum() == (BIGS == 2).sum()
+
+
+@pytest.mark.parametrize("spec", ["none", "2", "at-most:1", "3..1", "bytes:0.7"])
+def test_no_beginning_of_an_allowed_pattern_is_lost_and_few_others_go_on(tiny_model, spec):
+    limit = parse_limit(spec, tiny_model(), CONTEXT)
+    for token in range(TOKENS):
+        allowed = PATTERNS[limit.at(PATTERNS, token, TOKENS)]
+        for depth in range(1, LAYERS + 1):
+            beginnings = every(depth)
+            needed = {pattern[:depth].tobytes() for pattern in allowed}
+            kept = {each.tobytes() for each in beginnings[limit.reaches(beginnings, LAYERS, token, TOKENS)]}
+            assert kept >= needed
+            assert kept == needed or (spec.startswith("bytes") and depth < LAYERS)
 
 
 @pytest.mark.parametrize(

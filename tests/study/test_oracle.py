@@ -1,5 +1,8 @@
 """The oracle of a text: brute force finds the same, ties go to the cheaper pattern, and candidates are counted."""
 
+from itertools import product
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,77 +14,97 @@ from duo_mlx.routes import Route
 from duo_mlx.study import oracle, tree
 from duo_mlx.study.limits import parse_limit
 
-TOKENS = 9
+TOKENS = 7
 IDS = np.random.default_rng(0).integers(0, 32, TOKENS + 1)
+LIMITS = ("none", "2", "at-most:1", "bytes:0.6", "3..1")
+
+
+@pytest.fixture
+def asked(tiny_model):
+    """``asked(**changes)``: a model, the space of its patterns and the limits."""
+
+    def make(**changes):
+        model = tiny_model(**changes)
+        space = oracle.Space(model, tree.layer_options(model, tuple(Route)))
+        return model, space, [parse_limit(spec, model, TOKENS) for spec in LIMITS]
+
+    return make
 
 
 def losses_of(model, pattern):
-    logits = model(mx.array(IDS[None, :-1]), routes=pattern)
-    return np.array(tree.token_losses(logits, mx.array(IDS[1:])))[0]
+    return np.array(tree.token_losses(model(mx.array(IDS[None, :-1]), routes=pattern), mx.array(IDS[1:])))[0]
 
 
 @pytest.mark.parametrize("rows", [3, 64])
-def test_each_token_gets_the_best_of_what_it_may_have(tiny_model, rows):
-    model = tiny_model()
-    options = tree.layer_options(model, tuple(Route))
-    limits = [parse_limit(spec, model, TOKENS) for spec in ("none", "2", "at-most:1", "bytes:0.6", "3..1")]
-    patterns = oracle.every(options)
-    half = np.arange(len(patterns)) % 2 == 0
-    found = oracle.exhaustive(model, IDS[:-1], IDS[1:], options, limits, {"every second": half}, rows)
-    table = np.array([losses_of(model, pattern) for pattern in patterns])
-    allowed = {limit.name: np.broadcast_to(limit.allows(patterns, TOKENS), table.shape) for limit in limits}
-    allowed["every second"] = np.broadcast_to(half[:, None], table.shape)
-    assert found.best.keys() == allowed.keys()
+def test_each_token_gets_the_best_of_what_it_may_have(asked, rows):
+    model, space, limits = asked()
+    half = np.arange(len(space.patterns)) % 2 == 0
+    allowed = oracle.allowed_by(limits, space, TOKENS) | {"every second": half[:, None]}
+    best, means, work = oracle.shared(model, IDS[:-1], IDS[1:], space, allowed, rows)
+    table = np.array([losses_of(model, pattern) for pattern in space.patterns])
+    assert best.keys() == allowed.keys() and work.head == 81
     for name, may in allowed.items():
-        best = found.best[name]
-        np.testing.assert_allclose(best.loss, np.where(may, table, np.inf).min(axis=0), rtol=0, atol=1e-5)
-        np.testing.assert_allclose(table[best.number, np.arange(TOKENS)], best.loss, rtol=0, atol=1e-5)
-        assert may[best.number, np.arange(TOKENS)].all()
-        np.testing.assert_array_equal(best.seen, may.sum(axis=0))
-    np.testing.assert_allclose(found.means, table.mean(axis=1), rtol=0, atol=1e-5)
-    for route, losses in found.uniform.items():
-        np.testing.assert_allclose(losses, losses_of(model, np.full(4, route)), rtol=0, atol=1e-5)
-    assert found.work.head == 81 and found.peak_bytes > 0
+        may, found = np.broadcast_to(may, table.shape), best[name]
+        np.testing.assert_allclose(found.loss, np.where(may, table, np.inf).min(axis=0), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(table[found.number, np.arange(TOKENS)], found.loss, rtol=0, atol=1e-5)
+        assert may[found.number, np.arange(TOKENS)].all()
+        np.testing.assert_array_equal(found.seen, may.sum(axis=0))
+    np.testing.assert_allclose(means, table.mean(axis=1), rtol=0, atol=1e-5)
+    for route in Route:
+        expected = losses_of(model, np.full(4, route))
+        np.testing.assert_allclose(oracle.uniform(model, IDS[:-1], IDS[1:], route), expected, rtol=0, atol=1e-5)
 
 
-def test_patterns_and_their_numbers():
-    options = [(Route.BIG,), (Route.SKIP, Route.BIG), tuple(Route)]
-    patterns = oracle.every(options)
-    assert patterns.tolist() == [[2, 0, 0], [2, 0, 1], [2, 0, 2], [2, 2, 0], [2, 2, 1], [2, 2, 2]]
-    np.testing.assert_array_equal(oracle.numbers(patterns[::-1], options), np.arange(6)[::-1])
+@pytest.mark.parametrize("spec", LIMITS)
+def test_committed_is_greedy_and_what_it_finds_can_be_replayed(asked, spec):
+    model, space, limits = asked()
+    limit = limits[LIMITS.index(spec)]
+    found, _ = oracle.committed(model, IDS[:-1], IDS[1:], space, limit, rows=20)
+    routes = space.patterns[found.number]
+    replayed = np.array(tree.token_losses(model(mx.array(IDS[None, :-1]), routes=routes[None]), mx.array(IDS[1:])))[0]
+    np.testing.assert_allclose(replayed, found.loss, rtol=0, atol=1e-5)
+    for place in range(TOKENS):
+        may = space.patterns[limit.at(space.patterns, place, TOKENS)]
+        assert found.seen[place] == len(may)
+        tried = np.repeat(routes[None, : place + 1], len(may), axis=0)
+        tried[:, place] = may
+        ids = np.repeat(IDS[None, : place + 1], len(may), axis=0)
+        logits = model(mx.array(ids), routes=tried)[:, -1:]
+        losses = np.array(tree.token_losses(logits, mx.array(IDS[place + 1 : place + 2])))[:, 0]
+        assert losses.min() == pytest.approx(found.loss[place], abs=1e-5)
 
 
-def test_ties_go_to_fewer_bytes_and_then_to_the_lower_route_first(tiny_model):
-    model = tiny_model()
-    patterns = oracle.every([tuple(Route)] * 4)
-    order = oracle.Cheapest(model).order(patterns)
-    ranked = patterns[np.argsort(order)]
-    keys = [
-        (int(read), tuple(pattern)) for read, pattern in zip(cost.weight_bytes(model).of(ranked), ranked, strict=True)
-    ]
-    assert keys == sorted(keys) and sorted(order.tolist()) == list(range(81))
+def test_numbers_are_places_in_the_order_of_routes(tiny_model):
+    options = [(Route.BIG,), (Route.SKIP, Route.BIG), tuple(Route), (Route.SMALL,)]
+    space = oracle.Space(tiny_model(), options)
+    assert space.patterns.tolist() == [list(pattern) for pattern in product(*options)]
+    np.testing.assert_array_equal(space.numbers(space.patterns[::-1]), np.arange(6)[::-1])
+
+
+def test_ties_go_to_fewer_bytes_and_then_to_the_lower_route_first(asked):
+    model, space, _ = asked()
+    ranked = space.patterns[np.argsort(space.ranks)]
+    read = cost.weight_bytes(model).of(ranked).tolist()
+    keys = [(each, tuple(pattern)) for each, pattern in zip(read, ranked.tolist(), strict=True)]
+    assert keys == sorted(keys) and sorted(space.ranks.tolist()) == list(range(81))
 
 
 @given(st.data())
 def test_offers_in_any_batches_give_the_one_answer(data):
     count, tokens = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 3))
-    values = st.sampled_from([1.0, 2.0, 3.0])  # with ties
-    losses = np.array(
-        data.draw(st.lists(st.lists(values, min_size=tokens, max_size=tokens), min_size=count, max_size=count))
-    )
+    row = st.lists(st.sampled_from([1.0, 2.0, 3.0]), min_size=tokens, max_size=tokens)  # with ties
+    losses = np.array(data.draw(st.lists(row, min_size=count, max_size=count)), np.float32)
     allowed = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))[:, None]
-    ranks = np.array(data.draw(st.permutations(range(count))))
+    space = SimpleNamespace(ranks=np.array(data.draw(st.permutations(range(count)))))
     best, numbers = oracle.Best.of(tokens), np.array(data.draw(st.permutations(range(count))))
     cut = data.draw(st.integers(0, count))
     for part in (numbers[:cut], numbers[cut:]):
-        part = part[np.argsort(ranks[part])]
         if len(part):
-            best.offer(losses[part].astype(np.float32), part, ranks[part], allowed[part])
+            best.offer(losses[part], part, space, allowed[part])
     for token in range(tokens):
-        candidates = [(losses[each, token], ranks[each], each) for each in range(count) if allowed[each, 0]]
+        candidates = [(losses[each, token], space.ranks[each], each) for each in range(count) if allowed[each, 0]]
         if candidates:
-            loss, rank, number = min(candidates)
-            assert (best.loss[token], best.rank[token], best.number[token]) == (loss, rank, number)
+            assert (best.loss[token], best.rank[token], best.number[token]) == min(candidates)
         else:
             assert np.isinf(best.loss[token])
         assert best.seen[token] == len(candidates)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from duo_mlx.routes import Route
-from duo_mlx.study import oracle, tree
+from duo_mlx.study import tree
+from duo_mlx.study.oracle import Space
 
 LAYERS, TOKENS = 4, 9
 IDS = np.random.default_rng(0).integers(0, 32, TOKENS + 1)
@@ -29,8 +30,8 @@ def test_losses_are_those_of_plain_passes(tiny_model, choices, scope, rows):
     options = tree.layer_options(model, CHOICES[choices])
     walk = tree.Text(model, IDS[:-1], IDS[1:], options, rows)
     patterns, losses = (np.concatenate(each) for each in zip(*walk.losses(), strict=True))
-    order = np.argsort(oracle.numbers(patterns, options))
-    np.testing.assert_array_equal(patterns[order], oracle.every(options))
+    space = Space(model, options)
+    np.testing.assert_array_equal(patterns[np.argsort(space.numbers(patterns))], space.patterns)
     np.testing.assert_allclose(losses, by_passes(model, patterns), rtol=0, atol=1e-5)
 
 
@@ -54,7 +55,7 @@ def test_only_beginnings_that_are_wanted_go_on(tiny_model):
 
     walk = tree.Text(model, IDS[:-1], IDS[1:], options, 7, wanted)
     patterns, losses = (np.concatenate(each) for each in zip(*walk.losses(), strict=True))
-    every = oracle.every(options)
+    every = Space(model, options).patterns
     assert {pattern.tobytes() for pattern in patterns} == {pattern.tobytes() for pattern in every[wanted(every)]}
     np.testing.assert_allclose(losses, by_passes(model, patterns), rtol=0, atol=1e-5)
     assert walk.work.head == len(patterns) == 2**4 + 4 * 2**3
@@ -64,7 +65,7 @@ def test_a_layer_without_a_small_ffn_has_no_small_beside_big(tiny_model):
     model = tiny_model(small_layers=[1, 3])
     options = tree.layer_options(model, (Route.BIG, Route.SMALL))
     assert options == [(Route.BIG,), (Route.SMALL, Route.BIG)] * 2
-    assert len(oracle.every(options)) == 4
+    assert len(Space(model, options).patterns) == 4
     assert tree.layer_options(model, (Route.SMALL,)) == [(Route.SMALL,)] * LAYERS
 
 
