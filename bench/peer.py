@@ -6,7 +6,6 @@ starts. `generate_step` is always one step ahead, so that N tokens take N + 1 st
 
 import io
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from duo_mlx import checkpoint, cost
+from duo_mlx.bench.intervals import interval
 from duo_mlx.bench.prefill import SHAPE
 from duo_mlx.errors import DuoError
 from duo_mlx.generation import RoutedModel
@@ -173,6 +173,5 @@ def step_bytes(model: Model, routes: Routes, context: int, by_router: bool = Fal
 
 def spread(ratios: Sequence[float], seed: int = 0) -> dict[str, Any]:
     """The median of paired ratios, a 95 % bootstrap interval of it, and the ratios."""
-    drawn = np.random.default_rng(seed).choice(np.array(ratios), (2000, len(ratios)))
-    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
-    return {"median": statistics.median(ratios), "interval_95": [float(low), float(high)], "rounds": list(ratios)}
+    found = interval(ratios, seed=seed)
+    return {"median": found.median, "interval_95": [found.low, found.high], "rounds": list(ratios)}
