@@ -23,7 +23,7 @@ COMMANDS = {
     "bench doctor": "Check this machine: versions, meters, kernels and speed, and what --strategy auto does here",
     "convert": "Turn a checkpoint into a model directory, or a model directory into a PyTorch checkpoint",
     "convert inspect": "Say what a checkpoint is and what can be made of it, without loading it",
-    "oracle": "Find, for each token of a text, the routes with the lowest loss on the true next token",
+    "oracle": "Find, for each token of a text, the pattern with the lowest loss on the true next token",
     "generate": "Generate text after PROMPT, or after standard input where PROMPT is - or left out",
 }
 

@@ -218,4 +218,4 @@ def test_no_meter_measures_time_and_says_why(clock, measure):
 def test_what_a_meter_notes_stands_beside_every_figure(fake, measure):
     meter = fake()
     meter.notes = ("cpu: one die of two",)
-    assert measure(meter).record()["flags"] == ("cpu: one die of two",)
+    assert measure(meter).record()["flags"] == ["cpu: one die of two"]
