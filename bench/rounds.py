@@ -18,7 +18,7 @@ import numpy as np
 from duo_mlx.bench import engine, peer, reading, summary
 from duo_mlx.bench.energy import Counted
 from duo_mlx.bench.grid import PEER, Cell
-from duo_mlx.bench.interleave import interleave
+from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.intervals import interval
 from duo_mlx.bench.meters import Meter
 from duo_mlx.bench.meters.window import Energy
@@ -146,8 +146,7 @@ def noise_floor(case: Case, prompts: Prompts, rounds: int) -> dict[str, float]:
         return lambda: seconds[name].append(case.generate(for_all))
 
     interleave({name: once(name) for name in seconds}, rounds, warm_up=0)
-    cell, again = (np.reshape(each, (rounds, 2)).mean(axis=1) for each in seconds.values())
-    return interval((again / cell).tolist()).record()
+    return interval(Timings(seconds).ratios("again", {"cell": 1})).record()
 
 
 def rounds(

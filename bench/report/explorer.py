@@ -8,8 +8,8 @@ import numpy as np
 
 from duo_mlx.bench.report.rows import Result, joined, numbered, short
 from duo_mlx.errors import DuoError
+from duo_mlx.routes import format_pattern
 
-LETTERS = np.array(["-", "s", "B"])
 NEEDED = ("inputs", "difficulty", "oracle_routes")
 Text = dict[str, Any]
 
@@ -55,7 +55,7 @@ def texts(results: Sequence[Result], oracle: Path | None = None) -> list[Text]:
 
 
 def _add_oracle(text: Text, difficulty: np.ndarray, routes: np.ndarray) -> None:
-    patterns = ["".join(LETTERS[token]) for token in routes.astype(int)]
+    patterns = [format_pattern(token) for token in routes.astype(int)]
     count = len(text["tokens"])
     hard = [None, *(float(each) if np.isfinite(each) else None for each in difficulty)]
     text["policies"].append({"name": "oracle", "patterns": patterns[:count], "loss": []})

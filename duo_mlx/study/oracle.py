@@ -139,7 +139,7 @@ def committed(
         model(mx.array(inputs[None, place : place + 1]), cache=cache, routes=space.patterns[step.number[0]])
         mx.eval([layer.state for layer in cache])
         steps.append(step)
-        work = Work(work.attention + walk.work.attention, work.ffn + walk.work.ffn, work.head + walk.work.head)
+        work += walk.work
     joined = (np.concatenate([getattr(step, name) for step in steps]) for name in ("loss", "number", "rank", "seen"))
     return Best(*joined), work
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,11 @@ def run(
     asked = asdict(question) | {"sequences": len(windows), "length": tokens}
     done = table.begin(out, asked, force)
     rows = rows_within(model, tokens, max_memory)
+    allowed = _allowed(limits, space, tokens, question) if question.prefix == "shared" else {}
     started, before = time.monotonic(), len(done)
     for number in range(len(windows)):
         if number not in done:
-            arrays = sequence(model, windows[number], question, space, limits, rows)
+            arrays = sequence(model, windows[number], space, limits, allowed, rows)
             table.save_sequence(out, number, arrays)
         progress("searching", number + 1, len(windows))
     seconds = time.monotonic() - started
@@ -100,9 +102,7 @@ def run(
 
 def refuse_many(options: Options, tokens: int) -> None:
     """Raise `DuoError` with the cost and what would do, where there are more patterns than can be searched."""
-    count = 1
-    for routes in options:
-        count *= len(routes)
+    count = prod(map(len, options))
     if count > MOST:
         raise DuoError(
             f"{count:.2g} patterns of {len(options)} layers are too many to search one by one: that is as many passes "
@@ -124,21 +124,19 @@ def rows_within(model: Model, tokens: int, max_memory: int) -> int:
 def sequence(
     model: Model,
     window: NDArray[np.integer],
-    question: Question,
     space: oracle.Space,
     limits: list[Limit],
+    allowed: Mapping[str, NDArray[np.bool_]],
     rows: int,
 ) -> Arrays:
-    """Everything about one sequence, as arrays by name."""
+    """Everything about one sequence, as arrays by name; ``allowed`` is for `oracle.shared`, empty for `committed`."""
     inputs, targets = window[:-1], window[1:]
     found: Arrays = {"inputs": inputs.astype(np.int32), "targets": targets.astype(np.int32)}
     for route in Route:
         found[f"loss_{route.name.lower()}"] = oracle.uniform(model, inputs, targets, route)
     mx.reset_peak_memory()
-    if question.prefix == "shared":
-        allowed = oracle.allowed_by(limits, space, len(inputs))
-        drawn = {f"random {name}": chosen for name, chosen in random_patterns(limits, space, question.seed).items()}
-        best, means, work = oracle.shared(model, inputs, targets, space, allowed | drawn, rows)
+    if allowed:
+        best, means, work = oracle.shared(model, inputs, targets, space, allowed, rows)
         found["means"] = means.astype(np.float32)
         for place, limit in enumerate(limits):
             if f"random {limit.name}" in best:
@@ -147,13 +145,19 @@ def sequence(
         best, work = {}, Work()
         for limit in limits:
             best[limit.name], each = oracle.committed(model, inputs, targets, space, limit, rows)
-            work = Work(work.attention + each.attention, work.ffn + each.ffn, work.head + each.head)
+            work += each
     for place, limit in enumerate(limits):
         of = best[limit.name]
         found |= {f"loss_{place}": of.loss, f"routes_{place}": space.patterns[of.number], f"seen_{place}": of.seen}
     found["work"] = np.array([work.attention, work.ffn, work.head])
     found["peak_bytes"] = np.array(mx.get_peak_memory())
     return found
+
+
+def _allowed(limits: list[Limit], space: oracle.Space, tokens: int, question: Question) -> dict[str, NDArray[np.bool_]]:
+    """The patterns of each limit, and the random ones within it; the same for all texts."""
+    drawn = {f"random {name}": chosen for name, chosen in random_patterns(limits, space, question.seed).items()}
+    return oracle.allowed_by(limits, space, tokens) | drawn
 
 
 def random_patterns(limits: list[Limit], space: oracle.Space, seed: int) -> dict[str, NDArray[np.bool_]]:

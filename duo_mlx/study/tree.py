@@ -34,6 +34,9 @@ class Work:
     ffn: int = 0
     head: int = 0
 
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.attention + other.attention, self.ffn + other.ffn, self.head + other.head)
+
 
 def layer_options(model: Model, choices: Sequence[Route]) -> list[tuple[Route, ...]]:
     """The routes of each layer among ``choices``; a layer without a small FFN has no small beside big."""
