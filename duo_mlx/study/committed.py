@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
 from duo_mlx.routes import Routes
-from duo_mlx.study.tree import Branches, Losses, Options, Walk, token_losses
+from duo_mlx.study.losses import Losses, token_losses
+from duo_mlx.study.tree import Branches, Options, Walk
 
 
 class Token(Walk):
@@ -47,7 +48,7 @@ class Token(Walk):
         if "sliding_attention" in model.args.layer_types:
             raise DuoError("the committed reading is for models whose attention does not slide")
         super().__init__(model, options, rows, wanted)
-        self._cache, self._token, self._target = cache, token, mx.array([target])
+        self._cache, self._token, self._target = cache, token, np.array([target])
         self._offset = int(cache[0].offset)
 
     def root(self) -> mx.array:
@@ -60,7 +61,7 @@ class Token(Walk):
 
     def leaves(self, h: mx.array) -> Losses:
         logits = self.model.head(self.model.model.norm(h))[0]
-        return np.array(token_losses(logits[:, None], self._target))
+        return token_losses(logits[:, None], self._target)
 
     def _rotate(self, x: mx.array) -> mx.array:
         """Queries or keys ``[1, heads, candidates, head_dim]``, all at one position."""

@@ -21,7 +21,8 @@ from duo_mlx.model import Model
 from duo_mlx.routes import Route, Routes
 from duo_mlx.study.committed import Token
 from duo_mlx.study.limits import Limit
-from duo_mlx.study.tree import Losses, Options, Text, Work, token_losses
+from duo_mlx.study.losses import Losses, token_losses
+from duo_mlx.study.tree import Options, Text, Work
 
 
 class Space:
@@ -147,7 +148,7 @@ def committed(
 def uniform(model: Model, inputs: NDArray[np.integer], targets: NDArray[np.integer], route: Route) -> Losses:
     """Nats ``[tokens]`` under one route in every layer."""
     pattern = np.full(model.args.num_hidden_layers, route, np.uint8)
-    return np.array(token_losses(model(mx.array(inputs)[None], routes=pattern), mx.array(targets))[0])
+    return token_losses(model(mx.array(inputs)[None], routes=pattern), targets)[0]
 
 
 def allowed_by(limits: Sequence[Limit], space: Space, tokens: int) -> dict[str, NDArray[np.bool_]]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
+from duo_mlx.products import on_cpu
 from duo_mlx.routes import LETTERS, Route
 from duo_mlx.study import oracle, table
 from duo_mlx.study.limits import Limit, parse_limit
@@ -26,6 +27,8 @@ from duo_mlx.study.tree import Options, Work, layer_options
 
 RANDOM = 100  # patterns that the random baseline is the best of
 MOST = 2_000_000  # patterns that are searched one by one
+MOST_ROWS = 256  # patterns of a batch
+CACHED = 1024  # tokens of a batch on a CPU, where larger ones leave its caches and take longer
 PREFIXES = ("shared", "committed")
 
 Progress = Callable[[str, float, float], object]
@@ -118,7 +121,8 @@ def rows_within(model: Model, tokens: int, max_memory: int) -> int:
     at_work = (
         6 * args.hidden_size + 3 * args.intermediate_size + 3 * args.vocab_size + args.num_attention_heads * tokens
     )
-    return int(np.clip(max_memory // (4 * tokens * (waiting + at_work)), 1, 256))
+    most = max(1, CACHED // tokens) if on_cpu() else MOST_ROWS
+    return int(np.clip(max_memory // (4 * tokens * (waiting + at_work)), 1, most))
 
 
 def sequence(

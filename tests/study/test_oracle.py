@@ -13,6 +13,7 @@ from duo_mlx import cost
 from duo_mlx.routes import Route
 from duo_mlx.study import oracle, tree
 from duo_mlx.study.limits import parse_limit
+from duo_mlx.study.losses import token_losses
 
 TOKENS = 7
 IDS = np.random.default_rng(0).integers(0, 32, TOKENS + 1)
@@ -32,7 +33,7 @@ def asked(tiny_model):
 
 
 def losses_of(model, pattern):
-    return np.array(tree.token_losses(model(mx.array(IDS[None, :-1]), routes=pattern), mx.array(IDS[1:])))[0]
+    return token_losses(model(mx.array(IDS[None, :-1]), routes=pattern), IDS[1:])[0]
 
 
 @pytest.mark.parametrize("rows", [3, 64])
@@ -61,7 +62,7 @@ def test_committed_is_greedy_and_what_it_finds_can_be_replayed(asked, spec):
     limit = limits[LIMITS.index(spec)]
     found, _ = oracle.committed(model, IDS[:-1], IDS[1:], space, limit, rows=20)
     routes = space.patterns[found.number]
-    replayed = np.array(tree.token_losses(model(mx.array(IDS[None, :-1]), routes=routes[None]), mx.array(IDS[1:])))[0]
+    replayed = token_losses(model(mx.array(IDS[None, :-1]), routes=routes[None]), IDS[1:])[0]
     np.testing.assert_allclose(replayed, found.loss, rtol=0, atol=1e-5)
     for place in range(TOKENS):
         may = space.patterns[limit.at(space.patterns, place, TOKENS)]
@@ -70,7 +71,7 @@ def test_committed_is_greedy_and_what_it_finds_can_be_replayed(asked, spec):
         tried[:, place] = may
         ids = np.repeat(IDS[None, : place + 1], len(may), axis=0)
         logits = model(mx.array(ids), routes=tried)[:, -1:]
-        losses = np.array(tree.token_losses(logits, mx.array(IDS[place + 1 : place + 2])))[:, 0]
+        losses = token_losses(logits, IDS[place + 1 : place + 2])[:, 0]
         assert losses.min() == pytest.approx(found.loss[place], abs=1e-5)
 
 

@@ -10,6 +10,7 @@ from duo_mlx.errors import DuoError
 from duo_mlx.policies import read_routes
 from duo_mlx.routes import Route
 from duo_mlx.study import oracle, search, table, tree
+from duo_mlx.study.losses import token_losses
 
 LENGTH = 6
 WINDOWS = np.random.default_rng(3).integers(0, 32, (3, LENGTH + 1))
@@ -35,12 +36,7 @@ def run(tiny_model, tmp_path):
 
 def losses_of(model, windows, pattern):
     logits = model(mx.array(windows[:, :-1]), routes=pattern)
-    return np.stack(
-        [
-            np.array(tree.token_losses(logits[row : row + 1], mx.array(windows[row, 1:])))[0]
-            for row in range(len(windows))
-        ]
-    )
+    return np.stack([token_losses(logits[row : row + 1], windows[row, 1:])[0] for row in range(len(windows))])
 
 
 def test_tables_and_summary_are_those_of_brute_force(run, tiny_model, tmp_path):
@@ -197,4 +193,4 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_written(run, tmp_
 def test_batches_grow_with_the_memory_and_never_vanish(tiny_model):
     model = tiny_model()
     rows = [search.rows_within(model, LENGTH, size) for size in (1, 1 << 16, 1 << 18, 1 << 40)]
-    assert rows[0] == 1 and rows == sorted(rows) and rows[-1] == 256 and rows[1] < rows[2]
+    assert rows[0] == 1 and rows == sorted(rows) and rows[-1] == search.CACHED // LENGTH and rows[1] < rows[2]

@@ -74,3 +74,10 @@ def test_a_sliding_window_is_kept(tiny_model):
     walk = tree.Text(model, IDS[:-1], IDS[1:], tree.layer_options(model, CHOICES["sB"]))
     patterns, losses = (np.concatenate(each) for each in zip(*walk.losses(), strict=True))
     np.testing.assert_allclose(losses, by_passes(model, patterns), rtol=0, atol=1e-5)
+
+
+def test_gated_is_swiglu_at_any_size():
+    gate = mx.array([-1e4, -200.0, -90.0, -12.0, -1.0, -0.0, 0.0, 0.5, 3.0, 60.0, 200.0, 1e4])
+    exact = np.array(gate, np.float64)
+    expected = exact * 0.7 / (1 + np.exp(np.minimum(-exact, 700)))
+    np.testing.assert_allclose(np.array(tree.gated(gate, mx.full(gate.shape, 0.7))), expected, 3e-6, 1e-6)
