@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 
 from duo_mlx.bench import summary
-from duo_mlx.bench.intervals import Interval, interval
 from duo_mlx.errors import DuoError
+from duo_mlx.intervals import Interval, interval
 
 THRESHOLD = 0.02
 ROUNDS = 3  # common to both, at least

@@ -12,8 +12,8 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx.bench.intervals import interval
 from duo_mlx.generation import RoutedModel
+from duo_mlx.intervals import interval
 from duo_mlx.model import Model
 from duo_mlx.policies import FixedPolicy, Policy
 from duo_mlx.router import Recorder, Router

@@ -19,11 +19,11 @@ from duo_mlx.bench import engine, peer, reading, summary
 from duo_mlx.bench.energy import Counted
 from duo_mlx.bench.grid import PEER, Cell
 from duo_mlx.bench.interleave import Timings, interleave
-from duo_mlx.bench.intervals import interval
 from duo_mlx.bench.meters import Meter
 from duo_mlx.bench.meters.window import Energy
 from duo_mlx.bench.system import Conditions, changes, conditions
 from duo_mlx.generation import policy_of
+from duo_mlx.intervals import interval
 from duo_mlx.model import Model
 from duo_mlx.router import Router
 from duo_mlx.routes import Route, Routes

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from duo_mlx.bench.intervals import Interval, interval
+from duo_mlx.intervals import Interval, interval
 
 Run = dict[str, Any]
 Rounds = dict[int, list[Run]]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from duo_mlx.bench import compare as module
 from duo_mlx.bench.compare import METRICS, compare, fraction
-from duo_mlx.bench.intervals import interval
 from duo_mlx.errors import DuoError
+from duo_mlx.intervals import interval
 
 BIG = "duo-mlx big auto float32 p32 g16 b1 c0"
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from duo_mlx.bench.intervals import interval
+from duo_mlx.intervals import interval
 
 
 @pytest.mark.parametrize(("of", "draw", "true"), [
