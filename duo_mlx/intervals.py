@@ -1,11 +1,13 @@
-"""How sure a figure is: bootstrap intervals over rounds or windows."""
+"""How sure a figure is: bootstrap intervals over rounds, windows or sequences."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 DRAWS = 2000
+BOUNDS = (0.025, 0.975)
 
 
 class Interval(NamedTuple):
@@ -28,5 +30,32 @@ def interval(
     One value is its own interval, which says nothing.
     """
     drawn = np.random.default_rng(seed).choice(np.array(values, np.float64), (draws, len(values)))
-    low, high = np.quantile(of(drawn, axis=1), (0.025, 0.975))
+    low, high = np.quantile(of(drawn, axis=1), BOUNDS)
     return Interval(float(of(values, axis=0)), float(low), float(high))
+
+
+def of_means(
+    values: NDArray[np.floating], of: Callable[[NDArray[np.float64]], Any], seed: int = 0, draws: int = DRAWS
+) -> Interval:
+    """A function of columns' means, and its percentile bootstrap interval over rows.
+
+    Rows stay whole, so that what one row holds of two columns stays paired, and what depends within a row does not
+    count as independent. A ratio of sums is the ratio of their means.
+
+    Args:
+        values: ``[rows, columns]``, such as sums over each sequence's tokens.
+        of: takes means ``[..., columns]`` and gives figures ``[...]``; draws for which they are not finite are left out.
+        seed: of the draws.
+        draws: how many.
+
+    Returns:
+        The figure of all rows and its interval; all NaN where it is not finite.
+    """
+    rows = len(values)
+    weights = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), draws) / rows
+    with np.errstate(divide="ignore", invalid="ignore"):
+        whole, drawn = float(of(values.mean(axis=0, dtype=np.float64))), of(weights @ values.astype(np.float64))
+    if not np.isfinite(whole):
+        return Interval(*[float("nan")] * 3)
+    low, high = np.quantile(drawn[np.isfinite(drawn)], BOUNDS)
+    return Interval(whole, float(low), float(high))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from duo_mlx.intervals import interval
+from duo_mlx.intervals import interval, of_means
 
 
 @pytest.mark.parametrize(("of", "draw", "true"), [
@@ -45,3 +45,29 @@ def test_it_repeats_and_follows_the_seed():
 def test_a_record_is_plain_json():
     found = interval([1, 2, 3]).record()
     assert list(found) == ["median", "low", "high"] and all(type(value) is float for value in found.values())
+
+
+def test_a_function_of_means_has_the_interval_that_resampled_rows_have():
+    random = np.random.default_rng(3)
+    counts = random.integers(1, 9, 30)
+    values = np.stack([counts * random.normal(2.0, 0.5, 30), counts], axis=1)
+    found = of_means(values, lambda means: means[..., 0] / means[..., 1], draws=4000)
+    drawn = [values[random.integers(0, 30, 30)].sum(axis=0) for _ in range(4000)]
+    low, high = np.quantile([total / count for total, count in drawn], (0.025, 0.975))
+    assert found.median == pytest.approx(values[:, 0].sum() / counts.sum())
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.02)
+
+
+def test_paired_columns_cancel_what_they_share():
+    random = np.random.default_rng(4)
+    shared = random.normal(0.0, 5.0, 40)
+    values = np.stack([shared + random.normal(0.0, 0.1, 40), shared + 0.2], axis=1)
+    found = of_means(values, lambda means: means[..., 0] - means[..., 1])
+    assert found.high < 0 and found.high - found.low < 0.1
+
+
+def test_draws_without_the_figure_are_left_out_and_no_figure_is_nan():
+    values = np.array([[1.0, 1.0], [0.0, 0.0], [2.0, 1.0]])
+    found = of_means(values, lambda means: means[..., 0] / means[..., 1])
+    assert (found.low, found.high) == (1.0, 2.0) and found.median == 1.5
+    assert np.isnan(of_means(np.zeros((3, 2)), lambda means: means[..., 0] / means[..., 1])).all()
