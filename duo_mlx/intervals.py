@@ -44,7 +44,7 @@ def of_means(
 
     Args:
         values: ``[rows, columns]``, such as sums over each sequence's tokens.
-        of: takes means ``[..., columns]`` and gives figures ``[...]``; draws for which they are not finite are left out.
+        of: takes means ``[..., columns]`` and gives figures ``[...]``; draws where they are not finite are left out.
         seed: of the draws.
         draws: how many.
 

@@ -3,7 +3,9 @@
 In every layer each token is sent to the big FFN, the small FFN or past both, at random with the given probabilities
 (Duo-LLM, section "Stage 1"; the paper draws big and small with 0.5 each and never skips). No router is trained here.
 Two options go beyond the paper: ``--p-skip`` (so that skipping works afterwards) and ``--whole-big``, the share of
-sequences that take big everywhere (so that the all-big model is trained as a whole, too).
+sequences that take big everywhere (so that the all-big model is trained as a whole, too). A third, ``--big-first``, is
+what the paper advises against: the model without its small FFNs is trained first, then these alone beside the frozen
+rest (see compare_stage1.py).
 
 The output directory is what ``duo-mlx convert`` reads: config.json, pytorch_model.bin, tokenizer.model. Beside them
 lie log.csv, training.json (the recipe and the final losses) and checkpoint.pt, from which ``--resume`` continues bit
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from duo_mlx.convert.reference import BIG, SKIP, SMALL, DuoConfig, DuoModel
 
+UNIFORM: dict[str, Tensor | int | None] = {"big": BIG, "random": None, "small": SMALL, "skip": SKIP}
 LOG_COLUMNS = ["step", "tokens", "lr", "train_loss", "big", "random", "small", "skip", "tokens_per_s"]
 
 
@@ -52,6 +55,14 @@ def parse_args() -> argparse.Namespace:
     routing.add_argument("--p-small", type=float, default=0.4)
     routing.add_argument("--p-skip", type=float, default=0.1)
     routing.add_argument("--whole-big", type=float, default=0.0, help="share of sequences that take big everywhere")
+    routing.add_argument(
+        "--big-first",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="train with big everywhere for this share of the tokens, then freeze all but the small FFNs and train "
+        "these with random routing; each part has its own warm-up and cosine",
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--tokens", type=int, default=10_000_000, help="training tokens in all")
     training.add_argument("--batch", type=int, default=8, help="sequences a step")
@@ -71,6 +82,13 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not math.isclose(args.p_big + args.p_small + args.p_skip, 1.0, abs_tol=1e-6):
         parser.error(f"--p-big, --p-small and --p-skip sum to {args.p_big + args.p_small + args.p_skip:g}, not to 1")
+    steps, big_steps = step_counts(args)
+    if args.big_first and not 0 < big_steps < steps:
+        parser.error(f"--big-first {args.big_first:g} of {steps} steps leaves one of the two parts without a step")
+    if args.big_first and (args.whole_big or not args.p_small):
+        parser.error(
+            "--big-first needs --p-small above 0 and no --whole-big: its second part trains the small FFNs alone"
+        )
     for path in args.text:
         if not path.is_file():
             parser.error(f"{path}: no such text file")
@@ -78,6 +96,12 @@ def parse_args() -> argparse.Namespace:
         missing = f"{args.out} holds no checkpoint.pt to resume"
         parser.error(missing if args.resume else f"{args.out} holds a checkpoint.pt: give --resume or another --out")
     return args
+
+
+def step_counts(args: argparse.Namespace) -> tuple[int, int]:
+    """The steps in all, and those of them that ``--big-first`` trains without the small FFNs."""
+    steps = math.ceil(args.tokens / (args.batch * args.length))
+    return steps, round(steps * args.big_first)
 
 
 def split(path: Path, held_out: float) -> tuple[str, str]:
@@ -125,17 +149,19 @@ def cross_entropy(model: DuoModel, windows: Tensor, routes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validate(model: DuoModel, windows: Tensor, args: argparse.Namespace) -> dict[str, float]:
-    """Validation loss (nats a token) for all-big, random, all-small and all-skip routes."""
+def validate(
+    model: DuoModel, windows: Tensor, args: argparse.Namespace, patterns: dict[str, Tensor | int | None] = UNIFORM
+) -> dict[str, float]:
+    """Validation loss (nats a token) by pattern: ``[layers]``, one route for all layers, or None for random routing."""
     model.eval()
     layers, losses = model.config.num_hidden_layers, {}
     generator = torch.Generator().manual_seed(args.seed)
-    for name, fixed in (("big", BIG), ("random", None), ("small", SMALL), ("skip", SKIP)):
+    for name, fixed in patterns.items():
         total = 0.0
         for batch in windows.split(8):
             shape = (len(batch), batch.shape[1] - 1, layers)
             random = draw_routes(shape, args.p_big, args.p_small, generator)
-            routes = random if fixed is None else torch.full((layers,), fixed)
+            routes = random if fixed is None else torch.as_tensor(fixed).expand(layers)
             total += cross_entropy(model, batch, routes).item() * len(batch)
         losses[name] = total / len(windows)
     model.train()
@@ -150,15 +176,24 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
     return args.lr * (args.final_lr + (1 - args.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
 
 
+def learns(name: str, step: int, big_steps: int) -> bool:
+    """Whether a parameter learns in a step: with ``--big-first`` all but the small FFNs do, then these alone."""
+    return big_steps == 0 or (".mlp.small." in name) == (step >= big_steps)
+
+
 def training_step(
     model: DuoModel, optimizer: torch.optim.Optimizer, stream: Tensor, step: int, args: argparse.Namespace
 ) -> float:
-    """One step of AdamW on windows and routes that depend on the seed and ``step`` alone."""
+    """One step of AdamW on windows and routes that depend on the seed and ``step`` alone.
+
+    A parameter that does not learn has no gradient, and what has none AdamW neither moves nor decays.
+    """
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
     starts = torch.randint(len(stream) - args.length, (args.batch,), generator=generator)
     windows = torch.stack([stream[start : start + args.length + 1] for start in starts])
-    routes = draw_routes((args.batch, args.length, model.config.num_hidden_layers), args.p_big, args.p_small, generator)
+    p_big, p_small = (1.0, 0.0) if step < step_counts(args)[1] else (args.p_big, args.p_small)
+    routes = draw_routes((args.batch, args.length, model.config.num_hidden_layers), p_big, p_small, generator)
     whole_big = torch.rand(args.batch, generator=generator) < args.whole_big
     routes[whole_big] = BIG
     loss = cross_entropy(model, windows, routes)
@@ -216,7 +251,8 @@ def main() -> None:
     windows = windows_of(list(held_out_texts), tokenizer, args.length)
     held_out_tokens = sum(len(tokenizer.encode(text)) for text in held_out_texts)
     model, optimizer = build(args, tokenizer.vocab_size())
-    steps, start = math.ceil(args.tokens / (args.batch * args.length)), 0
+    steps, big_steps = step_counts(args)
+    parts, start = [(0, big_steps), (big_steps, steps)], 0  # without --big-first the first part is empty
     if args.resume:
         checkpoint = torch.load(args.out / "checkpoint.pt", weights_only=True)
         model.load_state_dict(checkpoint["model"])
@@ -239,13 +275,16 @@ def main() -> None:
         task = progress.add_task("", total=steps, completed=start)
         since = time.perf_counter()
         for step in range(start, stop):
-            lr = learning_rate(step, steps, args)
+            first, end = parts[step >= big_steps]
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(learns(name, step, big_steps))
+            lr = learning_rate(step - first, end - first, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             losses.append(training_step(model, optimizer, stream, step, args))
             done = step + 1
             progress.update(task, completed=done, description=f"loss {losses[-1]:.3f}")
-            if done % args.eval_every == 0 or done == stop:
+            if done % args.eval_every == 0 or done in (big_steps, stop):
                 speed = len(losses) * args.batch * args.length / (time.perf_counter() - since)
                 held_out = validate(model, windows[spread], args)
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
@@ -266,6 +305,14 @@ def main() -> None:
         "recipe": vars(args) | {"text": [path.name for path in args.text], "out": None},
         "parameters": parameters,
         "steps": steps,
+        "parts": [
+            {
+                "steps": end - first,
+                "learns": [name for name, _ in model.named_parameters() if learns(name, first, big_steps)],
+            }
+            for first, end in parts
+            if end > first
+        ],
         "held_out_bytes_per_token": bytes_per_token,
         "validation_nats_per_token": final,
         "validation_bits_per_byte": {name: loss / math.log(2) / bytes_per_token for name, loss in final.items()},

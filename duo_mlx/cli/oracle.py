@@ -27,6 +27,7 @@ def _letters(ctx: click.Context, param: click.Parameter, text: str) -> str:  # n
 @click.option("--budget", "budgets", multiple=True, metavar="SPEC", help="See above; may be repeated.  [default: none]")
 @click.option("--prefix", type=click.Choice(PREFIXES), default="shared", show_default=True,
               help="What earlier tokens' keys and values are.")  # fmt: skip
+@click.option("--controls", is_flag=True, help="Measure what noise and chance give, too; takes three times as long.")
 @click.option("--max-memory", type=click.IntRange(1), default=1024, show_default=True, metavar="MB",
               help="For the passes, beside the weights.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random patterns.")
@@ -41,6 +42,7 @@ def command(
     choices: str,
     budgets: tuple[str, ...],
     prefix: str,
+    controls: bool,
     max_memory: int,
     seed: int,
     out: Path,
@@ -92,6 +94,7 @@ def command(
         seed,
         {"source": read.source, "sha256": read.sha256},
         {"name": "embedded" if path is None else Path(path).name, "sha256": checkpoint.fingerprint(directory)},
+        controls,
     )
     typed = shlex.join(["duo-mlx", *sys.argv[1:]])
     try:
@@ -100,8 +103,9 @@ def command(
     except KeyboardInterrupt:
         click.echo(f"interrupted; {out} keeps the sequences that are done", err=True)
         sys.exit(130)
-    click.echo("\n".join(_lines(found)))
-    click.echo(f"results in {out}", err=True)
+    if found is not None:  # in one of several processes
+        click.echo("\n".join(_lines(found)))
+        click.echo(f"results in {out}", err=True)
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

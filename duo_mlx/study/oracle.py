@@ -21,7 +21,7 @@ from duo_mlx.model import Model
 from duo_mlx.routes import Route, Routes
 from duo_mlx.study.committed import Token
 from duo_mlx.study.limits import Limit
-from duo_mlx.study.losses import Losses, token_losses
+from duo_mlx.study.losses import Losses, entropies, token_losses
 from duo_mlx.study.tree import Options, Text, Work
 
 
@@ -95,6 +95,7 @@ def shared(
     space: Space,
     allowed: Mapping[str, NDArray[np.bool_]],
     rows: int,
+    table: Losses | None = None,
 ) -> tuple[dict[str, Best], NDArray[np.float64], Work]:
     """Search all patterns of a space on one text.
 
@@ -105,6 +106,7 @@ def shared(
         space: what to search.
         allowed: by name, which patterns each token may have, ``[n, tokens]`` or ``[n, 1]``; each has its own answer.
         rows: patterns of one batch at most, which bounds the memory.
+        table: ``[n, tokens]``, to be filled with the losses of all patterns.
 
     Returns:
         The best by name, the mean loss of each pattern ``[n]`` in nats, and what was evaluated.
@@ -115,6 +117,8 @@ def shared(
     for patterns, losses in walk.losses():
         number = space.numbers(patterns)
         means[number] = losses.mean(axis=1, dtype=np.float64)
+        if table is not None:
+            table[number] = losses
         for name, each in best.items():
             each.offer(losses, number, space, allowed[name][number])
     return best, means, walk.work
@@ -145,10 +149,13 @@ def committed(
     return Best(*joined), work
 
 
-def uniform(model: Model, inputs: NDArray[np.integer], targets: NDArray[np.integer], route: Route) -> Losses:
-    """Nats ``[tokens]`` under one route in every layer."""
+def uniform(
+    model: Model, inputs: NDArray[np.integer], targets: NDArray[np.integer], route: Route
+) -> tuple[Losses, Losses]:
+    """Loss of the true next token and entropy, nats ``[tokens]``, under one route in every layer."""
     pattern = np.full(model.args.num_hidden_layers, route, np.uint8)
-    return token_losses(model(mx.array(inputs)[None], routes=pattern), targets)[0]
+    logits = model(mx.array(inputs)[None], routes=pattern)
+    return token_losses(logits, targets)[0], entropies(logits)[0]
 
 
 def allowed_by(limits: Sequence[Limit], space: Space, tokens: int) -> dict[str, NDArray[np.bool_]]:

@@ -1,10 +1,9 @@
 """``duo-mlx oracle``: the oracle of many texts, kept one by one in a folder, and what to judge it by.
 
-Beside each budget's oracle stand fixed patterns (one for all tokens, chosen on the very sequences that it is scored on,
-as the paper does, and chosen on one half and scored on the other) and the best of 100 random patterns, by average loss
-and token by token. All of them come from the same passes.
+Texts may be shared out among processes, see `duo_mlx.processes`; the table does not depend on how many there are.
 """
 
+import io
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,13 +18,14 @@ from numpy.typing import NDArray
 
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
+from duo_mlx.processes import Processes
 from duo_mlx.products import on_cpu
 from duo_mlx.routes import LETTERS, Route
-from duo_mlx.study import oracle, table
-from duo_mlx.study.limits import Limit, parse_limit
+from duo_mlx.study import controls, oracle, table
+from duo_mlx.study.limits import parse_limit
+from duo_mlx.study.summary import drawn_by, summarise
 from duo_mlx.study.tree import Options, Work, layer_options
 
-RANDOM = 100  # patterns that the random baseline is the best of
 MOST = 2_000_000  # patterns that are searched one by one
 MOST_ROWS = 256  # patterns of a batch
 CACHED = 1024  # tokens of a batch on a CPU, where larger ones leave its caches and take longer
@@ -42,9 +42,11 @@ class Question:
     choices: str  # letters of routes
     prefix: str
     budgets: tuple[str, ...]
-    seed: int  # of the random patterns
+    seed: int  # of the random patterns and of the controls' noise
     text: Mapping[str, Any]  # where it is from
     model: Mapping[str, Any]  # name and sha256
+    controls: bool = False  # see `duo_mlx.study.controls`
+    search: str = "exhaustive"
 
 
 def run(
@@ -56,51 +58,76 @@ def run(
     max_memory: int,
     progress: Progress = lambda stage, done, total: None,  # noqa: ARG005
     force: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Search ``windows [sequences, length + 1]``, or go on searching them, and give the summary.
 
     Args:
         model: a Duo.
         windows: token ids; each window is a text of its own.
         question: what to search.
-        out: the folder, see `duo_mlx.study.table`.
+        out: the folder, see `duo_mlx.study.table`; only rank 0 of several processes reads and writes it.
         command: what was typed.
         max_memory: bytes that the passes may take beside the weights, roughly; at least one pattern goes at a time.
         progress: is called with a stage, what is done and what is to be.
         force: replace a finished result.
 
+    Returns:
+        The summary; None in processes other than rank 0.
+
     Raises:
         DuoError: more patterns than can be searched, an impossible budget, or a folder that cannot be used.
     """
     tokens = windows.shape[1] - 1
-    options = layer_options(model, [Route(LETTERS.index(letter)) for letter in question.choices])
-    refuse_many(options, tokens)
-    limits = [parse_limit(budget, model, tokens) for budget in question.budgets]
-    space = oracle.Space(model, options)
-    for limit in limits:
-        if (without := ~limit.allows(space.patterns, tokens).any(axis=0)).any():
-            raise DuoError(f"--budget {limit.name!r}: no pattern of {question.choices!r} is within it at all tokens"
-                           f" ({int(without.sum())} have none)")  # fmt: skip
+    one = Searcher(model, question, tokens, max_memory)
     asked = asdict(question) | {"sequences": len(windows), "length": tokens}
-    done = table.begin(out, asked, force)
-    rows = rows_within(model, tokens, max_memory)
-    allowed = _allowed(limits, space, tokens, question) if question.prefix == "shared" else {}
-    started, before = time.monotonic(), len(done)
-    for number in range(len(windows)):
-        if number not in done:
-            arrays = sequence(model, windows[number], space, limits, allowed, rows)
-            table.save_sequence(out, number, arrays)
-        progress("searching", number + 1, len(windows))
-    seconds = time.monotonic() - started
+    processes = Processes()
+    done = _begin(processes, out, asked, force)
+    started, todo = time.monotonic(), [number for number in range(len(windows)) if number not in done]
+    for start in range(0, len(todo), processes.count):
+        these = todo[start : start + processes.count]
+        own = these[processes.rank : processes.rank + 1]
+        packed = processes.gather(_packed(one.sequence(windows[own[0]], own[0])) if own else b"")
+        if processes.rank == 0:
+            for number, arrays in zip(these, packed, strict=False):
+                table.save_sequence(out, number, _unpacked(arrays))
+        progress("searching", len(done) + start + len(these), len(windows))
+    if processes.rank:
+        return None
     found = [table.read_sequence(out, number, windows[number]) for number in range(len(windows))]
-    summary = summarise(found, question, space, limits) | {
+    one.across(found)
+    summary = summarise(found, one.space, one.limits, question.seed) | {
         "command": command,
         "versions": {name: version(name) for name in ("duo-mlx", "mlx", "mlx-lm", "numpy")},
-        "rows": rows,
-        "seconds": {"of_sequences": len(windows) - before, "in_all": seconds},
+        "rows": one.rows,
+        "processes": processes.count,
+        "seconds": {"of_sequences": len(todo), "in_all": time.monotonic() - started},
     }
-    table.finish(out, found, [limit.name for limit in limits], asked, summary)
+    table.finish(out, found, [limit.name for limit in one.limits], asked, summary)
     return summary
+
+
+def _begin(processes: Processes, out: Path, asked: dict[str, Any], force: bool) -> set[int]:
+    """The sequences that are done, as rank 0 finds them in the folder; all processes stop if it cannot be used."""
+    if processes.rank:
+        return processes.agree([])
+    try:
+        done = table.begin(out, asked, force)
+    except DuoError:
+        processes.agree([], failed=True)
+        raise
+    return processes.agree(sorted(done))
+
+
+def _packed(arrays: Arrays) -> bytes:
+    file = io.BytesIO()
+    save: Any = np.savez  # whose type takes no names beside allow_pickle
+    save(file, **arrays)
+    return file.getvalue()
+
+
+def _unpacked(packed: bytes) -> Arrays:
+    with np.load(io.BytesIO(packed), allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
 
 
 def refuse_many(options: Options, tokens: int) -> None:
@@ -125,101 +152,110 @@ def rows_within(model: Model, tokens: int, max_memory: int) -> int:
     return int(np.clip(max_memory // (4 * tokens * (waiting + at_work)), 1, most))
 
 
-def sequence(
-    model: Model,
-    window: NDArray[np.integer],
-    space: oracle.Space,
-    limits: list[Limit],
-    allowed: Mapping[str, NDArray[np.bool_]],
-    rows: int,
-) -> Arrays:
-    """Everything about one sequence, as arrays by name; ``allowed`` is for `oracle.shared`, empty for `committed`."""
-    inputs, targets = window[:-1], window[1:]
-    found: Arrays = {"inputs": inputs.astype(np.int32), "targets": targets.astype(np.int32)}
-    for route in Route:
-        found[f"loss_{route.name.lower()}"] = oracle.uniform(model, inputs, targets, route)
-    mx.reset_peak_memory()
-    if allowed:
-        best, means, work = oracle.shared(model, inputs, targets, space, allowed, rows)
+class Searcher:
+    """What is the same for all texts of a question, and the search of one.
+
+    Raises:
+        DuoError: more patterns than can be searched, an impossible budget, or controls that do not fit the memory.
+    """
+
+    def __init__(self, model: Model, question: Question, tokens: int, max_memory: int):
+        self._model, self._question = model, question
+        options = layer_options(model, [Route(LETTERS.index(letter)) for letter in question.choices])
+        refuse_many(options, tokens)
+        self.limits = [parse_limit(budget, model, tokens) for budget in question.budgets]
+        self.space = oracle.Space(model, options)
+        self._allowed = oracle.allowed_by(self.limits, self.space, tokens)
+        for name, allowed in self._allowed.items():
+            if without := int((~allowed.any(axis=0)).sum()):
+                raise DuoError(
+                    f"--budget {name!r}: no pattern of {question.choices!r} is within it at all tokens"
+                    f" ({without} have none)"
+                )
+        if question.controls:
+            if question.prefix != "shared":
+                raise DuoError("--controls: only --prefix shared has a pass for each pattern to compare")
+            if (needed := controls.memory(len(self.space.patterns), tokens)) > max_memory:
+                raise DuoError(f"--controls keeps all losses and needs --max-memory {-(-needed >> 20) + 1} or more")
+        self.rows = rows_within(model, tokens, max_memory)
+        self._drawn = {
+            f"random {name}": drawn for name, drawn in drawn_by(self.limits, self.space, question.seed).items()
+        }
+
+    def sequence(self, window: NDArray[np.integer], number: int) -> Arrays:
+        """Everything about one sequence ``[length + 1]``, as arrays by name; its number seeds the noise."""
+        inputs, targets = window[:-1], window[1:]
+        found: Arrays = {"inputs": inputs.astype(np.int32), "targets": targets.astype(np.int32)}
+        for route in Route:
+            name = route.name.lower()
+            found[f"loss_{name}"], found[f"entropy_{name}"] = oracle.uniform(self._model, inputs, targets, route)
+        mx.reset_peak_memory()
+        if self._question.prefix == "shared":
+            best, work = self._shared(inputs, targets, number, found)
+        else:
+            best, work = self._committed(inputs, targets)
+        for place, limit in enumerate(self.limits):
+            of = best[limit.name]
+            found |= {
+                f"oracle_loss_{place}": of.loss,
+                f"oracle_routes_{place}": self.space.patterns[of.number],
+                f"seen_{place}": of.seen,
+            }
+        found["work"] = np.array([work.attention, work.ffn, work.head])
+        found["peak_bytes"] = np.array(mx.get_peak_memory())
+        return found
+
+    def _shared(
+        self, inputs: NDArray[np.integer], targets: NDArray[np.integer], number: int, found: Arrays
+    ) -> tuple[dict[str, oracle.Best], Work]:
+        kept = np.empty((len(self.space.patterns), len(inputs)), np.float32) if self._question.controls else None
+        allowed = self._allowed | self._drawn
+        best, means, work = oracle.shared(self._model, inputs, targets, self.space, allowed, self.rows, kept)
         found["means"] = means.astype(np.float32)
-        for place, limit in enumerate(limits):
+        for place, limit in enumerate(self.limits):
             if f"random {limit.name}" in best:
                 found[f"random_{place}"] = best[f"random {limit.name}"].loss
-    else:
+        if kept is not None:
+            self._controls(inputs, targets, number, found, best, kept)
+        return best, work
+
+    def _committed(
+        self, inputs: NDArray[np.integer], targets: NDArray[np.integer]
+    ) -> tuple[dict[str, oracle.Best], Work]:
         best, work = {}, Work()
-        for limit in limits:
-            best[limit.name], each = oracle.committed(model, inputs, targets, space, limit, rows)
+        for limit in self.limits:
+            best[limit.name], each = oracle.committed(self._model, inputs, targets, self.space, limit, self.rows)
             work += each
-    for place, limit in enumerate(limits):
-        of = best[limit.name]
-        found |= {f"loss_{place}": of.loss, f"routes_{place}": space.patterns[of.number], f"seen_{place}": of.seen}
-    found["work"] = np.array([work.attention, work.ffn, work.head])
-    found["peak_bytes"] = np.array(mx.get_peak_memory())
-    return found
+        return best, work
 
+    def _controls(
+        self,
+        inputs: NDArray[np.integer],
+        targets: NDArray[np.integer],
+        number: int,
+        found: Arrays,
+        best: Mapping[str, oracle.Best],
+        kept: NDArray[np.float32],
+    ) -> None:
+        passes = controls.Noise(self._model, inputs, targets, self.rows)
+        second = controls.SecondContext(self._model, inputs, targets, self.space, self.rows, kept)
+        found |= second.losses | {"table": kept}
+        for place, limit in enumerate(self.limits):
+            allowed = self._allowed[limit.name]
+            means = found["means"][allowed[:, 0]]
+            of = controls.equal_n(kept, allowed)
+            of |= controls.noise(passes, limit, means, len(inputs), (self._question.seed, number, place))
+            of |= second.compare(allowed, best[limit.name].number)
+            of[controls.WORST] = controls.worst(kept, allowed, self.space)
+            found |= {f"{name}_{place}": losses for name, losses in of.items()}
 
-def _allowed(limits: list[Limit], space: oracle.Space, tokens: int, question: Question) -> dict[str, NDArray[np.bool_]]:
-    """The patterns of each limit, and the random ones within it; the same for all texts."""
-    drawn = {f"random {name}": chosen for name, chosen in random_patterns(limits, space, question.seed).items()}
-    return oracle.allowed_by(limits, space, tokens) | drawn
-
-
-def random_patterns(limits: list[Limit], space: oracle.Space, seed: int) -> dict[str, NDArray[np.bool_]]:
-    """`RANDOM` patterns within each limit that is the same for all tokens, ``[n, 1]``, the same ones for all texts."""
-    found = {}
-    for limit in limits:
-        if not limit.scheduled:
-            within = np.flatnonzero(limit.at(space.patterns, 0, 1))
-            drawn = np.random.default_rng(seed).choice(within, min(RANDOM, len(within)), replace=False)
-            found[limit.name] = np.isin(np.arange(len(space.patterns)), drawn)[:, None]
-    return found
-
-
-def summarise(found: list[Arrays], question: Question, space: oracle.Space, limits: list[Limit]) -> dict[str, Any]:
-    """Mean losses in nats a token, by budget, with the baselines."""
-    every = {name: np.stack([each[name] for each in found]) for name in found[0] if name != "peak_bytes"}
-    uniform = {route.name.lower(): every[f"loss_{route.name.lower()}"] for route in Route}
-    budgets = {}
-    for place, limit in enumerate(limits):
-        losses = every[f"loss_{place}"]
-        big = (every[f"routes_{place}"] == Route.BIG).sum(axis=-1)
-        budgets[limit.name] = {
-            "oracle": float(losses.mean()),
-            "oracle_by_sequence": losses.mean(axis=1).tolist(),
-            "difficulty": float((uniform["small"] - losses).mean()),
-            "patterns_seen": float(every[f"seen_{place}"].mean()),
-            "big_layers": float(big.mean()),
-        } | _baselines(every, limit, place, space, question)
-    return {
-        "uniform": {name: float(losses.mean()) for name, losses in uniform.items()},
-        "uniform_by_sequence": {name: losses.mean(axis=1).tolist() for name, losses in uniform.items()},
-        "budgets": budgets,
-        "patterns": len(space.patterns),
-        "work_a_sequence": dict(zip(("attention", "ffn", "head"), every["work"].mean(axis=0).tolist(), strict=True)),
-        "peak_bytes": int(max(each["peak_bytes"] for each in found)),
-    }
-
-
-def _baselines(
-    every: Arrays, limit: Limit, place: int, space: oracle.Space, question: Question
-) -> dict[str, float | str | None]:
-    """One pattern for all tokens, and the best of random ones; null where the reading has no pass for each pattern."""
-    if "means" not in every or limit.scheduled:
-        why = (
-            "a schedule has no pattern for all tokens" if limit.scheduled else "only shared has a pass for each pattern"
-        )
-        return {"fixed": None, "fixed_split": None, "random": None, "random_by_token": None, "why_no_baselines": why}
-    within = np.flatnonzero(limit.at(space.patterns, 0, 1))
-    means = every["means"].astype(np.float64)[:, within]
-    drawn = random_patterns([limit], space, question.seed)[limit.name][within, 0]
-    halves = [means[::2], means[1::2]]
-    split = None
-    if len(means) > 1:
-        scored = [other[:, own.mean(axis=0).argmin()] for own, other in (halves, halves[::-1])]
-        split = float(np.concatenate(scored).mean())
-    return {
-        "fixed": float(means.mean(axis=0).min()),
-        "fixed_split": split,
-        "random": float(means[:, drawn].mean(axis=0).min()),
-        "random_by_token": float(every[f"random_{place}"].mean()),
-    }
+    def across(self, found: list[Arrays]) -> None:
+        """Add to the arrays of all sequences what takes all of them to know."""
+        if not self._question.controls:
+            return
+        for name, kinds in controls.kinds_of(found).items():
+            for place, limit in enumerate(self.limits):
+                if not limit.scheduled:
+                    losses = controls.split_by_kind(found, self._allowed[limit.name], kinds)
+                    for each, of in zip(found, losses, strict=True):
+                        each[f"{name}_{place}"] = of

@@ -3,8 +3,10 @@
 ``question.json`` says what is searched; ``sequences/00000.npz`` and so on are what is done; when all are, one table a
 budget takes their place, and ``summary.json``. The table is ``tokens.npz``, or ``tokens-BUDGET.npz`` where there are
 several budgets, with arrays ``[sequences, length]``: ``inputs``, ``targets``, ``loss_big``, ``loss_small``,
-``loss_skip``, ``oracle_loss`` and ``difficulty`` (nats; all-small's loss less the oracle's), and ``oracle_routes``
-``[sequences, length, layers]`` (0 skip, 1 small, 2 big), which ``duo-mlx generate --route FILE:N`` replays.
+``loss_skip``, ``entropy_big``, ``entropy_small``, ``oracle_loss`` and ``difficulty`` (nats; all-small's loss less the
+oracle's), and ``oracle_routes [sequences, length, layers]`` (0 skip, 1 small, 2 big), which ``duo-mlx generate --route
+FILE:N`` replays. Controls add the arrays that `duo_mlx.study.controls` names, and all-big's and all-small's losses in
+the second context, ``short_loss_big`` and ``short_loss_small``.
 """
 
 import json
@@ -18,10 +20,13 @@ from numpy.typing import NDArray
 
 from duo_mlx.errors import DuoError
 from duo_mlx.files import output_file, write_text, writing
+from duo_mlx.study import controls
 
 SCHEMA = "duo-mlx-oracle/1"
 QUESTION, SUMMARY, SEQUENCES = "question.json", "summary.json", "sequences"
-COPIED = ("inputs", "targets", "loss_big", "loss_small", "loss_skip")
+COPIED = ("inputs", "targets", "loss_big", "loss_small", "loss_skip", "entropy_big", "entropy_small")
+CONTEXTS = ("short_loss_big", "short_loss_small")
+BY_BUDGET = ("oracle_loss", "oracle_routes", *controls.NAMES, controls.WORST)
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -82,10 +87,13 @@ def finish(
 ) -> None:
     """Write the tables and the summary in place of the sequences."""
     for place, budget in enumerate(budgets):
-        arrays = {name: np.stack([each[name] for each in found]) for name in COPIED}
-        arrays["oracle_loss"] = np.stack([each[f"loss_{place}"] for each in found])
+        kept = {name: name for name in (*COPIED, *CONTEXTS)} | {name: f"{name}_{place}" for name in BY_BUDGET}
+        arrays = {
+            name: np.stack([each[of] for each in found])
+            for name, of in kept.items()
+            if all(of in each for each in found)
+        }
         arrays["difficulty"] = arrays["loss_small"] - arrays["oracle_loss"]
-        arrays["oracle_routes"] = np.stack([each[f"routes_{place}"] for each in found])
         _save_arrays(out / table_name(budget, len(budgets)), arrays)
     _save_json(out / SUMMARY, {"schema": SCHEMA} | question | summary)
     shutil.rmtree(out / SEQUENCES)

@@ -67,7 +67,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny, tmp_path, arguments, lin
 
 
 def test_ctrl_c_keeps_what_is_done(tiny, tmp_path, monkeypatch):
-    sequence, calls = search.sequence, []
+    sequence, calls = search.Searcher.sequence, []
 
     def once(*arguments):
         if calls:
@@ -75,9 +75,9 @@ def test_ctrl_c_keeps_what_is_done(tiny, tmp_path, monkeypatch):
         calls.append(1)
         return sequence(*arguments)
 
-    monkeypatch.setattr(search, "sequence", once)
+    monkeypatch.setattr(search.Searcher, "sequence", once)
     done = run(*tiny, "--sequences", 2, "--length", 5)
     assert done.exit_code == 130 and "keeps the sequences that are done" in done.stderr
     assert [file.name for file in (tmp_path / "out" / "sequences").iterdir()] == ["00000.npz"]
-    monkeypatch.setattr(search, "sequence", sequence)
+    monkeypatch.setattr(search.Searcher, "sequence", sequence)
     assert run(*tiny, "--sequences", 2, "--length", 5).exit_code == 0

@@ -11,6 +11,7 @@ from duo_mlx.policies import read_routes
 from duo_mlx.routes import Route
 from duo_mlx.study import oracle, search, table, tree
 from duo_mlx.study.losses import token_losses
+from duo_mlx.study.summary import drawn_by
 
 LENGTH = 6
 WINDOWS = np.random.default_rng(3).integers(0, 32, (3, LENGTH + 1))
@@ -86,13 +87,11 @@ def test_random_patterns_are_within_the_budget_and_the_same_for_all_texts(tiny_m
     model = tiny_model()
     space = oracle.Space(model, tree.layer_options(model, tuple(Route)))
     limits = [search.parse_limit("at-most:3", model, 8)]
-    drawn = search.random_patterns(limits, space, 1)["at-most:3"][:, 0]
+    drawn = drawn_by(limits, space, 1)["at-most:3"][:, 0]
     assert drawn.sum() == 80 and not drawn[(space.patterns == Route.BIG).all(axis=1)].any()
-    search_of_few = {
-        spec: search.random_patterns([search.parse_limit(spec, model, 8)], space, 1) for spec in ("1", "2")
-    }
+    search_of_few = {spec: drawn_by([search.parse_limit(spec, model, 8)], space, 1) for spec in ("1", "2")}
     assert {name: int(found[name].sum()) for name, found in search_of_few.items()} == {"1": 32, "2": 24}
-    np.testing.assert_array_equal(drawn, search.random_patterns(limits, space, 1)["at-most:3"][:, 0])
+    np.testing.assert_array_equal(drawn, drawn_by(limits, space, 1)["at-most:3"][:, 0])
 
 
 def test_a_committed_table_is_replayed_as_it_was_scored(run, tiny_model, tmp_path):
