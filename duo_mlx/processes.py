@@ -1,20 +1,58 @@
-"""Work shared by several processes, on one machine or on several: what ``mlx.launch`` starts, or a single one."""
+"""Work shared by several processes, on one machine or on several: what ``mlx.launch`` starts, or a single one.
 
-from collections.abc import Sequence
+A process that ends before its time closes its connections, whatever ended it. The others see it when they next wait for
+it, and end, too.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from duo_mlx.errors import DuoError
 
+BACKEND = "[ring]"  # begins what MLX says of its connections
+
+
+@contextmanager
+def in_touch() -> Iterator[None]:
+    """Say in one line that another process is lost, where the block waits for what `mx.distributed` gives.
+
+    The block must call `mx.eval`: where it fails, `np.array` raises nothing and gives what the memory holds.
+
+    Raises:
+        DuoError: in place of MLX's `RuntimeError` that a connection is lost.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(BACKEND):
+            raise
+        raise DuoError(
+            "another process of this run ended before its time, and says why unless it was killed"
+        ) from error
+
 
 class Processes:
-    """The processes of one run; the first of them, rank 0, is the one that reads and writes results."""
+    """The processes of one run; the first of them, rank 0, is the one that reads and writes results.
+
+    Raises:
+        DuoError: another process is not there, or ended before its time; from whatever waits for it.
+    """
 
     @cached_property
     def _group(self) -> mx.distributed.Group:
-        return mx.distributed.init()
+        try:
+            return mx.distributed.init()
+        except RuntimeError as error:
+            raise DuoError(
+                f"MLX finds no other processes of this run ({' '.join(str(error).split())}); a single process needs no "
+                "mlx.launch"
+            ) from error
 
     @property
     def rank(self) -> int:
@@ -30,7 +68,7 @@ class Processes:
         """What each process gives, by rank; all of them must call it."""
         if self.count == 1:
             return [own]
-        sizes = self._all([len(own)])[:, 0]
+        sizes = self._all(np.array([len(own)]))[:, 0]
         padded = np.zeros(int(sizes.max()) or 1, np.uint8)
         padded[: len(own)] = np.frombuffer(own, np.uint8)
         return [bytes(row[:size]) for row, size in zip(self._all(padded), sizes, strict=True)]
@@ -47,5 +85,8 @@ class Processes:
             raise DuoError("the first process gave up, and says why")
         return set(agreed)
 
-    def _all(self, row: Sequence[int] | np.ndarray) -> np.ndarray:
-        return np.array(mx.distributed.all_gather(mx.array(row)[None], group=self._group, stream=mx.cpu))
+    def _all(self, row: NDArray[Any]) -> NDArray[Any]:
+        gathered = mx.distributed.all_gather(mx.array(row)[None], group=self._group, stream=mx.cpu)
+        with in_touch():
+            mx.eval(gathered)
+        return np.array(gathered)

@@ -27,6 +27,7 @@ def _letters(ctx: click.Context, param: click.Parameter, text: str) -> str:  # n
 @click.option("--budget", "budgets", multiple=True, metavar="SPEC", help="See above; may be repeated.  [default: none]")
 @click.option("--prefix", type=click.Choice(PREFIXES), default="shared", show_default=True,
               help="What earlier tokens' keys and values are.")  # fmt: skip
+@click.option("--search", "method", metavar="METHOD", default="exhaustive", show_default=True, help="See above.")
 @click.option("--controls", is_flag=True, help="Measure what noise and chance give, too; takes three times as long.")
 @click.option("--max-memory", type=click.IntRange(1), default=1024, show_default=True, metavar="MB",
               help="For the passes, beside the weights.")  # fmt: skip
@@ -42,6 +43,7 @@ def command(
     choices: str,
     budgets: tuple[str, ...],
     prefix: str,
+    method: str,
     controls: bool,
     max_memory: int,
     seed: int,
@@ -50,10 +52,16 @@ def command(
 ) -> None:
     """Find, for each token of a text, the pattern with the lowest loss on the true next token.
 
-    Every pattern is tried: attention and FFNs are computed once for all patterns that begin alike. shared: one pass for
-    each pattern, then a minimum for each token. committed: from left to right, each token after the patterns that were
-    chosen for those before it; its table can be replayed as it was scored. A minimum over many patterns is low by
-    chance, too: baselines from the same passes stand beside it.
+    Attention and FFNs are computed once for all patterns that begin alike. shared: one pass for each pattern, then a
+    minimum for each token. committed: from left to right, each token after the patterns that were chosen for those
+    before it; its table can be replayed as it was scored. A minimum over many patterns is low by chance, too: baselines
+    from the same passes stand beside it, and --controls measures the chance.
+
+    \b
+    Methods:
+      exhaustive    every pattern is tried: 2 or 3 to the number of layers
+      beam:8        for deep models: changes of the 8 best patterns so far
+      descent:4     from 4 patterns to the best change while that is better
 
     \b
     Budgets, each with a table of its own:
@@ -68,6 +76,7 @@ def command(
       duo-mlx oracle --sequences 2 --length 32 --budget 6 --out oracle
       duo-mlx oracle --text novel.txt --budget 0 --budget 4 --budget 12 --out oracle
       duo-mlx oracle --prefix committed --choices -sB --budget 4 --out oracle
+      duo-mlx oracle --model smollm2 --prefix committed --search beam --out oracle
       duo-mlx generate --route oracle/tokens.npz:1 "It is a truth"
 
     Ctrl-C keeps the sequences that are done, and the same command goes on from them.
@@ -77,6 +86,8 @@ def command(
     from duo_mlx.cli.progress import shown
     from duo_mlx.errors import DuoError
     from duo_mlx.study import search
+    from duo_mlx.study.local import parse_method
+    from duo_mlx.study.sequence import Question
 
     directory = checkpoint.resolve(path, revision)
     model, tokenizer = checkpoint.load(directory)
@@ -87,7 +98,7 @@ def command(
     windows = reading.windows(read, tokenizer, sequences * length, length)
     if len(windows) < sequences:
         raise DuoError(f"{read.source}: has {len(windows)} sequences of {length} tokens; {sequences} were asked for")
-    question = search.Question(
+    question = Question(
         choices,
         prefix,
         tuple(dict.fromkeys(budgets)) or ("none",),
@@ -95,6 +106,7 @@ def command(
         {"source": read.source, "sha256": read.sha256},
         {"name": "embedded" if path is None else Path(path).name, "sha256": checkpoint.fingerprint(directory)},
         controls,
+        str(parse_method(method)),
     )
     typed = shlex.join(["duo-mlx", *sys.argv[1:]])
     try:

@@ -29,8 +29,7 @@ from duo_mlx.study.losses import Losses, token_losses
 from duo_mlx.study.tree import Text
 
 SIZES = (12, 66)  # candidates: the patterns with 1 and with 2 big layers of 12
-SCALES = (0.0, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0)  # of noise, to find the wanted one between
-TRIED = 6  # passes at each of them
+SCALES = (0.0, *(0.02 * 1.5**step for step in range(11)))  # of noise, between which what it gives is interpolated
 FEWEST = 16  # tokens of a kind from which its pattern is chosen; kinds of fewer take the one of all tokens
 BINS = 10  # of entropy
 NAMES = (
@@ -55,7 +54,8 @@ def expected_minimum(losses: Losses, size: int, allowed: NDArray[np.bool_] | Non
         Nats ``[tokens]``; NaN where there are fewer candidates than ``size``.
     """
     may = np.broadcast_to(True if allowed is None else allowed, losses.shape)
-    ordered = np.sort(np.where(may, losses, np.float32(np.inf)), axis=0)
+    ordered = np.where(may, losses, np.float32(np.inf))
+    ordered.sort(axis=0)
     found = np.full(losses.shape[1], np.nan, np.float32)
     counts = may.sum(axis=0)
     for count in np.unique(counts[counts >= size]).tolist():
@@ -63,7 +63,7 @@ def expected_minimum(losses: Losses, size: int, allowed: NDArray[np.bool_] | Non
         above = np.arange(count - 1, size - 2, -1)
         weights = np.exp([_log_choose(each, size - 1) - _log_choose(count, size) for each in above.tolist()])
         columns = counts == count
-        found[columns] = weights @ ordered[: len(above), columns].astype(np.float64)
+        found[columns] = np.einsum("i,it->t", weights, ordered[: len(above), columns])
     return found
 
 
@@ -79,32 +79,58 @@ class Noise:
         inputs: ids ``[tokens]``.
         targets: the true next tokens ``[tokens]``.
         rows: passes of one batch.
+        seed: of this text.
     """
 
-    def __init__(self, model: Model, inputs: NDArray[np.integer], targets: NDArray[np.integer], rows: int):
+    def __init__(
+        self,
+        model: Model,
+        inputs: NDArray[np.integer],
+        targets: NDArray[np.integer],
+        rows: int,
+        seed: Sequence[int] = (0,),
+    ):
         options = [(Route.BIG,)] * model.args.num_hidden_layers
-        self._walk, self._targets, self._rows = Text(model, inputs, targets, options, rows), targets, rows
-        self._curve: list[float] = []
+        self._walk, self._rows, self._seed = Text(model, inputs, targets, options, rows), rows, seed
+        self._found: dict[int, Arrays] = {}
 
     def losses(self, scale: float, count: int, random: np.random.Generator) -> Losses:
-        """Nats ``[count, tokens]`` of passes whose noise has ``scale`` times the size (RMS) of what it is added to."""
-        found = []
+        """Nats ``[count, tokens]`` of passes whose noise has ``scale`` times the size (RMS) of what it is added to.
+
+        Each pass has a generator of its own: its noise is the same in batches of any size.
+        """
+        found, each = [], random.spawn(count)
         for start in range(0, count, self._rows):
-            h = mx.broadcast_to(self._walk.root(), (min(self._rows, count - start), *self._walk.root().shape[1:]))
+            batch = each[start : start + self._rows]
+            h = mx.broadcast_to(self._walk.root(), (len(batch), *self._walk.root().shape[1:]))
             for depth in range(len(self._walk.model.layers)):
-                h = self._walk.branches(depth, h).take(Route.BIG)
-                drawn = mx.array(random.standard_normal(h.shape, np.float32)).astype(h.dtype)
-                h = h + scale * mx.sqrt(mx.mean(h * h, axis=-1, keepdims=True)) * drawn
+                h = self._walk.branches(depth, h).take(Route.BIG, lambda nodes: nodes)
+                drawn = mx.array(np.stack([one.standard_normal(h.shape[1:], np.float32) for one in batch]))
+                squares = mx.square(h.astype(mx.float32))  # which overflow float16 where a state is large
+                h = h + (scale * mx.sqrt(mx.mean(squares, axis=-1, keepdims=True)) * drawn).astype(h.dtype)
             found.append(self._walk.leaves(h))
         return np.concatenate(found)
 
-    def scale_for(self, loss: float, seed: Sequence[int]) -> float:
-        """The scale of noise whose passes have about this mean loss in nats; 0 where all big's is no lower."""
-        if not self._curve:
-            means = [float(self.losses(scale, TRIED, np.random.default_rng(seed)).mean()) for scale in SCALES]
-            self._curve = np.maximum.accumulate(means).tolist()
-        squares = [scale**2 for scale in SCALES]  # in which the loss rises evenly at first
-        return float(np.sqrt(np.interp(loss, self._curve, squares)))
+    def at(self, place: int) -> Arrays:
+        """``noise_mean`` and ``noise_N``, ``[tokens]``, of passes with the noise of one of `SCALES`."""
+        if place not in self._found:
+            scale = SCALES[place]
+            losses = self.losses(scale, max(SIZES) if scale else 1, np.random.default_rng((*self._seed, place)))
+            minima = {f"noise_{size}": expected_minimum(losses, size) if scale else losses[0] for size in SIZES}
+            self._found[place] = {"noise_mean": losses.mean(axis=0)} | minima
+        return self._found[place]
+
+    def of_mean(self, loss: float) -> Arrays:
+        """The same of noise whose passes have this mean loss in nats; no noise where all big's is no lower.
+
+        Between the two scales whose means enclose it all values are interpolated by the mean.
+        """
+        means = [float(self.at(0)["noise_mean"].mean())]
+        while means[-1] < loss and len(means) < len(SCALES):
+            means.append(float(self.at(len(means))["noise_mean"].mean()))
+        below, above = self.at(max(0, len(means) - 2)), self.at(len(means) - 1)
+        share = float(np.interp(loss, means[-2:], (0.0, 1.0))) if len(means) > 1 else 1.0
+        return {name: (below[name] + np.float32(share) * (above[name] - below[name])) for name in below}
 
 
 def equal_n(table: Losses, allowed: NDArray[np.bool_]) -> Arrays:
@@ -117,7 +143,7 @@ def equal_n(table: Losses, allowed: NDArray[np.bool_]) -> Arrays:
     }
 
 
-def noise(passes: Noise, limit: Limit, means: NDArray[np.floating], tokens: int, seed: Sequence[int]) -> Arrays:
+def noise(passes: Noise, limit: Limit, means: NDArray[np.floating], tokens: int) -> Arrays:
     """``noise_mean`` and ``noise_N`` of a budget, ``[tokens]``; NaN for a schedule, a share and a single pattern.
 
     Args:
@@ -125,13 +151,10 @@ def noise(passes: Noise, limit: Limit, means: NDArray[np.floating], tokens: int,
         limit: the budget.
         means: loss of each of the budget's patterns over the text.
         tokens: of the text.
-        seed: of this text and budget.
     """
     if limit.scheduled or limit.price is not bigs or len(means) < 2:
         return {name: np.full(tokens, np.nan, np.float32) for name in ("noise_mean", *(f"noise_{n}" for n in SIZES))}
-    scale = passes.scale_for(float(np.mean(means)), seed[:-1])
-    losses = passes.losses(scale, max(SIZES), np.random.default_rng(seed))
-    return {"noise_mean": losses.mean(axis=0)} | {f"noise_{size}": expected_minimum(losses, size) for size in SIZES}
+    return passes.of_mean(float(np.mean(means)))
 
 
 def worst(table: Losses, allowed: NDArray[np.bool_], space: oracle.Space) -> NDArray[np.uint8]:
@@ -200,13 +223,17 @@ def split_by_kind(found: Sequence[Arrays], allowed: NDArray[np.bool_], kinds: ND
         kinds: of all tokens ``[sequences, tokens]``, from 0.
     """
     within, losses = np.flatnonzero(allowed[:, 0]), np.full(kinds.shape, np.nan, np.float32)
-    members = np.eye(kinds.max() + 1, dtype=np.float32)[kinds]  # [sequences, tokens, kinds]
+    every = int(kinds.max()) + 1
     for half in (0, 1):
         chosen_on, scored_on = range(half, len(found), 2), range(1 - half, len(found), 2)
         if not chosen_on or not scored_on:
             continue
-        sums = sum(found[at]["table"][within] @ members[at] for at in chosen_on)
-        best = np.where(members[chosen_on].sum(axis=(0, 1)) >= FEWEST, sums.argmin(axis=0), sums.sum(axis=1).argmin())
+        sums = np.zeros((len(within), every), np.float32)
+        for at in chosen_on:
+            here, member = np.unique(kinds[at], return_inverse=True)
+            sums[:, here] += found[at]["table"][within] @ np.eye(len(here), dtype=np.float32)[member]
+        counts = np.bincount(kinds[chosen_on].ravel(), minlength=every)
+        best = np.where(counts >= FEWEST, sums.argmin(axis=0), sums.sum(axis=1).argmin())
         for at in scored_on:
             losses[at] = found[at]["table"][within[best[kinds[at]]], np.arange(kinds.shape[1])]
     return losses
@@ -221,5 +248,5 @@ def kinds_of(found: Sequence[Arrays]) -> dict[str, NDArray[np.integer]]:
 
 
 def memory(patterns: int, tokens: int) -> int:
-    """Bytes that the controls hold: losses of all patterns in both contexts, and an ordered copy."""
-    return 4 * patterns * tokens * 3
+    """Bytes that the controls of a text hold at most: losses of all patterns in both contexts, and copies at work."""
+    return 4 * patterns * tokens * 5

@@ -7,10 +7,10 @@ what is found is no sequence that could be generated. `committed`: from left to 
 A loss that was chosen by looking at it is biased downward, the more patterns it was chosen from: `Best` counts them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from duo_mlx import cost
 from duo_mlx.model import Model
 from duo_mlx.routes import Route, Routes
-from duo_mlx.study.committed import Token
 from duo_mlx.study.limits import Limit
 from duo_mlx.study.losses import Losses, entropies, token_losses
-from duo_mlx.study.tree import Options, Text, Work
+from duo_mlx.study.tree import Options, Text, Walk, Work
 
 
 class Space:
@@ -54,6 +53,15 @@ class Space:
 
 
 @dataclass
+class Chosen:
+    """Each token's best pattern, and what it was chosen from."""
+
+    loss: Losses  # nats [tokens]
+    patterns: Routes  # [tokens, layers]
+    seen: NDArray[np.int64]  # patterns within its limit that each token was offered
+
+
+@dataclass
 class Best:
     """The lowest loss of each token among the patterns that were offered, and which pattern it was."""
 
@@ -66,6 +74,10 @@ class Best:
     def of(cls, tokens: int) -> "Best":
         """Nothing was offered yet."""
         return cls(np.full(tokens, np.inf, np.float32), *(np.zeros(tokens, np.int64) for _ in range(3)))
+
+    def chosen(self, space: Space) -> Chosen:
+        """What was found; ``space``: whose numbers these are."""
+        return Chosen(self.loss, space.patterns[self.number], self.seen)
 
     def offer(self, losses: Losses, number: NDArray[np.int64], space: Space, allowed: NDArray[np.bool_]) -> None:
         """Take what is better, or equal and of a lower rank.
@@ -124,29 +136,33 @@ def shared(
     return best, means, walk.work
 
 
+def lowest(walk: Walk, space: Space) -> Chosen:
+    """The best of a walk over one token's patterns."""
+    found = Best.of(1)
+    for patterns, losses in walk.losses():
+        found.offer(losses, space.numbers(patterns), space, np.ones((1, 1), bool))
+    return found.chosen(space)
+
+
 def committed(
     model: Model,
     inputs: NDArray[np.integer],
-    targets: NDArray[np.integer],
-    space: Space,
-    limit: Limit,
-    rows: int,
-) -> tuple[Best, Work]:
-    """Search token by token, each after the patterns that were chosen before it; arguments as in `shared`."""
-    tokens, cache, work = len(inputs), model.make_cache(), Work()
-    steps: list[Best] = []
-    for place in range(tokens):
-        wanted = partial(limit.reaches, layers=len(space.options), token=place, tokens=tokens)
-        walk = Token(model, cache, int(inputs[place]), int(targets[place]), space.options, rows, wanted)
-        step = Best.of(1)
-        for patterns, losses in walk.losses():
-            step.offer(losses, space.numbers(patterns), space, np.ones((1, 1), bool))
-        model(mx.array(inputs[None, place : place + 1]), cache=cache, routes=space.patterns[step.number[0]])
+    choose: Callable[[list[Any], int], Chosen],
+) -> Chosen:
+    """Search token by token, each after the patterns that were chosen before it.
+
+    Args:
+        model: a Duo.
+        inputs: ids ``[tokens]``.
+        choose: gives one token's best, from a cache of the tokens before it and its place.
+    """
+    cache, steps = model.make_cache(), []
+    for place in range(len(inputs)):
+        step = choose(cache, place)
+        model(mx.array(inputs[None, place : place + 1]), cache=cache, routes=step.patterns[0])
         mx.eval([layer.state for layer in cache])
         steps.append(step)
-        work += walk.work
-    joined = (np.concatenate([getattr(step, name) for step in steps]) for name in ("loss", "number", "rank", "seen"))
-    return Best(*joined), work
+    return Chosen(*(np.concatenate([getattr(step, name) for step in steps]) for name in ("loss", "patterns", "seen")))
 
 
 def uniform(

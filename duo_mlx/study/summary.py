@@ -17,29 +17,16 @@ from duo_mlx.study.limits import Limit
 from duo_mlx.study.oracle import Space
 
 LEFT = ("peak_bytes", "table")  # what is not put together
-RANDOM = 100  # patterns that the random baseline is the best of
 Arrays = dict[str, NDArray[Any]]
 
 
-def drawn_by(limits: list[Limit], space: Space, seed: int) -> dict[str, NDArray[np.bool_]]:
-    """`RANDOM` patterns within each limit that is the same for all tokens, ``[n, 1]``, the same ones for all texts."""
-    found = {}
-    for limit in limits:
-        if not limit.scheduled:
-            within = np.flatnonzero(limit.at(space.patterns, 0, 1))
-            drawn = np.random.default_rng(seed).choice(within, min(RANDOM, len(within)), replace=False)
-            found[limit.name] = np.isin(np.arange(len(space.patterns)), drawn)[:, None]
-    return found
-
-
-def summarise(found: list[Arrays], space: Space, limits: list[Limit], seed: int) -> dict[str, Any]:
+def summarise(found: list[Arrays], space: Space | None, limits: list[Limit]) -> dict[str, Any]:
     """Mean losses in nats a token, by budget, with baselines, controls and 95 % intervals over sequences.
 
     Args:
         found: arrays by name, of each sequence.
-        space: the patterns that were searched.
+        space: the patterns that were searched; None where not all were.
         limits: the budgets, by place.
-        seed: of the random patterns.
     """
     every = {name: np.stack([each[name] for each in found]) for name in found[0] if name not in LEFT}
     uniform = {route.name.lower(): every[f"loss_{route.name.lower()}"] for route in Route}
@@ -55,12 +42,12 @@ def summarise(found: list[Arrays], space: Space, limits: list[Limit], seed: int)
             "patterns_seen": float(every[f"seen_{place}"].mean()),
             "big_layers": float(big.mean()),
             "controls": _controls(every, place),
-        } | _baselines(every, limit, place, space, seed)
+        } | _baselines(every, limit, place, space)
     return {
         "uniform": {name: float(losses.mean()) for name, losses in uniform.items()},
         "uniform_by_sequence": {name: losses.mean(axis=1).tolist() for name, losses in uniform.items()},
         "budgets": budgets,
-        "patterns": len(space.patterns),
+        "patterns": len(space.patterns) if space else None,
         "work_a_sequence": dict(zip(("attention", "ffn", "head"), every["work"].mean(axis=0).tolist(), strict=True)),
         "peak_bytes": int(max(each["peak_bytes"] for each in found)),
     }
@@ -85,38 +72,37 @@ def _controls(every: Arrays, place: int) -> dict[str, dict[str, Any]] | None:
     } or None
 
 
-def _baselines(every: Arrays, limit: Limit, place: int, space: Space, seed: int) -> dict[str, Any]:
-    """One pattern for all tokens, and the best of random ones; null where the reading has no pass for each pattern."""
-    names = (
-        "fixed",
-        "fixed_pattern",
-        "fixed_split",
-        "fixed_split_by_sequence",
-        "random",
-        "random_by_sequence",
-        "random_by_token",
-    )
-    if "means" not in every or limit.scheduled:
-        why = (
-            "a schedule has no pattern for all tokens" if limit.scheduled else "only shared has a pass for each pattern"
-        )
-        return dict.fromkeys(names) | {"why_no_baselines": why}
+def _baselines(every: Arrays, limit: Limit, place: int, space: Space | None) -> dict[str, Any]:
+    """One pattern for all tokens, and the best of random ones; null where there is none."""
+    return _fixed(every, limit, space) | _random(every, place)
+
+
+def _fixed(every: Arrays, limit: Limit, space: Space | None) -> dict[str, Any]:
+    names = ("fixed", "fixed_pattern", "fixed_split", "fixed_split_by_sequence")
+    if limit.scheduled:
+        return dict.fromkeys(names) | {"why_no_fixed": "a schedule has no pattern for all tokens"}
+    if space is None or "means" not in every:
+        return dict.fromkeys(names) | {"why_no_fixed": "only an exhaustive shared search passes over all patterns"}
     within = np.flatnonzero(limit.at(space.patterns, 0, 1))
     means = every["means"].astype(np.float64)[:, within]
-    drawn = means[:, drawn_by([limit], space, seed)[limit.name][within, 0]]
+    chosen = means.mean(axis=0).argmin()
     split = np.full(len(means), np.nan)
     for own in (slice(0, None, 2), slice(1, None, 2)):
         other = slice(1 - own.start, None, 2)
         if len(means) > 1:
             split[other] = means[other, means[own].mean(axis=0).argmin()]
-    random = drawn[:, drawn.mean(axis=0).argmin()]
-    values: tuple[Any, ...] = (
-        float(means.mean(axis=0).min()),
-        format_pattern(space.patterns[within[means.mean(axis=0).argmin()]]),
-        float(split.mean()) if len(means) > 1 else None,
-        split.tolist() if len(means) > 1 else None,
-        float(random.mean()),
-        random.tolist(),
-        float(every[f"random_{place}"].mean()),
-    )
+    both = (float(split.mean()), split.tolist()) if len(means) > 1 else (None, None)
+    values = (float(means[:, chosen].mean()), format_pattern(space.patterns[within[chosen]]), *both)
     return dict(zip(names, values, strict=True))
+
+
+def _random(every: Arrays, place: int) -> dict[str, Any]:
+    if f"drawn_{place}" not in every:
+        return dict.fromkeys(("random", "random_by_sequence", "random_by_token"))
+    means = every[f"drawn_{place}"].astype(np.float64)
+    best = means[:, means.mean(axis=0).argmin()]
+    return {
+        "random": float(best.mean()),
+        "random_by_sequence": best.tolist(),
+        "random_by_token": float(every[f"random_{place}"].mean()),
+    }

@@ -11,6 +11,7 @@ bounded by the depth and not by the number of patterns.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -71,14 +72,15 @@ class Branches:
         self._attended = layer.self_attn(layer.input_layernorm(h), mask, cache, rotate, residual=h)
         self._x = layer.post_attention_layernorm(self._attended)
 
-    def take(self, route: Route) -> mx.array:
-        """The output under one route."""
+    def take(self, route: Route, of: Callable[[mx.array], mx.array]) -> mx.array:
+        """The output under one route; ``of`` takes some nodes of a batch."""
         if route is Route.SKIP:
-            return self._h if self._layer.skips_attention else self._attended
+            return of(self._h if self._layer.skips_attention else self._attended)
         ffn = self._layer.mlp.big if route is Route.BIG else self._layer.mlp.small
+        x, attended = of(self._x), of(self._attended)
         if not on_cpu():
-            return ffn(self._x, self._attended)
-        return self._attended + ffn.down_proj(gated(ffn.gate_proj(self._x), ffn.up_proj(self._x)))
+            return ffn(x, attended)
+        return attended + ffn.down_proj(gated(ffn.gate_proj(x), ffn.up_proj(x)))
 
 
 class Walk(ABC):
@@ -88,7 +90,7 @@ class Walk(ABC):
         model: a Duo.
         options: each layer's routes.
         rows: patterns of one batch at most, which bounds the memory.
-        wanted: of patterns' beginnings ``[n, depth]``, which to go on with; None: all.
+        wanted: of patterns' beginnings ``[n, depth]``, which to evaluate; None: all.
     """
 
     axis = 0  # of the nodes of a batch
@@ -130,19 +132,36 @@ class Walk(ABC):
         branches = self.branches(depth, h)
         outputs, patterns = [], []
         for route in self._options[depth]:
-            self.work.ffn += 0 if route is Route.SKIP else len(begun)
-            outputs.append(branches.take(route))
-            patterns.append(np.concatenate([begun, np.full((len(begun), 1), route, np.uint8)], axis=1))
+            longer = np.concatenate([begun, np.full((len(begun), 1), route, np.uint8)], axis=1)
+            kept = np.arange(len(begun)) if self._wanted is None else np.flatnonzero(self._wanted(longer))
+            if not len(kept):
+                continue
+            self.work.ffn += 0 if route is Route.SKIP else len(kept)
+            outputs.append(branches.take(route, partial(self._some, kept)))
+            patterns.append(longer[kept])
+        if not outputs:
+            return
         children, longer = mx.concatenate(outputs, axis=self.axis), np.concatenate(patterns)
-        if self._wanted is not None:
-            kept = np.flatnonzero(self._wanted(longer))
-            children, longer = mx.take(children, mx.array(kept.astype(np.int32)), axis=self.axis), longer[kept]
         mx.eval(children)
         del branches, outputs, h
         for start in range(0, len(longer), self._rows):
             stop = min(start + self._rows, len(longer))
             part = children[start:stop] if self.axis == 0 else children[:, start:stop]
             yield from self._below(part, longer[start:stop])
+
+    def _some(self, kept: NDArray[np.intp], h: mx.array) -> mx.array:
+        return h if len(kept) == h.shape[self.axis] else mx.take(h, mx.array(kept.astype(np.int32)), axis=self.axis)
+
+
+class Beginnings:
+    """Whether beginnings are those of any of some patterns ``[n, layers]``: what a `Walk` over these alone wants."""
+
+    def __init__(self, patterns: Routes):
+        self._known = [{pattern[:depth].tobytes() for pattern in patterns} for depth in range(patterns.shape[1] + 1)]
+
+    def __call__(self, beginnings: Routes) -> NDArray[np.bool_]:
+        known = self._known[beginnings.shape[1]]
+        return np.array([beginning.tobytes() in known for beginning in beginnings], np.bool_)
 
 
 class Text(Walk):

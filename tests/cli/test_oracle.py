@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from duo_mlx.cli import main, oracle
+from duo_mlx.cli import main
 from duo_mlx.study import search
 
 
@@ -20,10 +20,6 @@ def tiny(saved, tmp_path):
     words = np.random.default_rng(0).integers(0, 30, 1200)
     (tmp_path / "text.txt").write_text(" ".join(f"w{word}" for word in words))
     return ("--model", saved()[0], "--text", tmp_path / "text.txt", "--out", tmp_path / "out")
-
-
-def test_choices_are_those_of_the_search():
-    assert oracle.PREFIXES == search.PREFIXES
 
 
 def test_a_table_that_generate_replays(tiny, tmp_path, saved):
@@ -57,6 +53,8 @@ def test_a_table_that_generate_replays(tiny, tmp_path, saved):
         (("--sequences", "1000"), "sequences of 128 tokens; 1000 were asked for"),
         (("--text", "nowhere.txt"), "nowhere.txt: cannot be read"),
         (("--model", "nowhere/at/all"), "nowhere/at/all"),
+        (("--search", "luck"), "--search 'luck': give exhaustive, beam[:WIDTH] or descent[:STARTS]"),
+        (("--search", "beam", "--controls"), "--controls: only --prefix shared with --search exhaustive"),
         (("--prefix", "random"), "'random' is not one of 'shared', 'committed'"),
     ],
 )

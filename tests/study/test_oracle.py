@@ -1,5 +1,6 @@
 """The oracle of a text: brute force finds the same, ties go to the cheaper pattern, and candidates are counted."""
 
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from duo_mlx import cost
 from duo_mlx.routes import Route
 from duo_mlx.study import oracle, tree
+from duo_mlx.study.committed import Token
 from duo_mlx.study.limits import parse_limit
 from duo_mlx.study.losses import token_losses
 
@@ -64,8 +66,14 @@ def test_each_token_gets_the_best_of_what_it_may_have(asked, rows):
 def test_committed_is_greedy_and_what_it_finds_can_be_replayed(asked, spec):
     model, space, limits = asked()
     limit = limits[LIMITS.index(spec)]
-    found, _ = oracle.committed(model, IDS[:-1], IDS[1:], space, limit, rows=20)
-    routes = space.patterns[found.number]
+
+    def choose(cache, place):
+        wanted = partial(limit.reaches, layers=4, token=place, tokens=TOKENS)
+        walk = Token(model, cache, int(IDS[place]), int(IDS[place + 1]), space.options, 20, wanted)
+        return oracle.lowest(walk, space)
+
+    found = oracle.committed(model, IDS[:-1], choose)
+    routes = found.patterns
     replayed = token_losses(model(mx.array(IDS[None, :-1]), routes=routes[None]), IDS[1:])[0]
     np.testing.assert_allclose(replayed, found.loss, rtol=0, atol=1e-5)
     for place in range(TOKENS):

@@ -1,0 +1,77 @@
+"""What ``duo-mlx oracle`` left in a folder, read back to be studied; see `duo_mlx.study.table` for what it holds."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from duo_mlx.errors import DuoError
+from duo_mlx.study.table import SCHEMA, SUMMARY, table_name
+
+NEEDED = ("inputs", "targets", "loss_big", "loss_small", "oracle_loss", "oracle_routes")
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished oracle."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+    tables: Mapping[str, Arrays]  # by budget's name, arrays ``[sequences, length]``
+
+    @property
+    def layers(self) -> int:
+        """Of the model."""
+        return int(self.any["oracle_routes"].shape[2])
+
+    @property
+    def any(self) -> Arrays:
+        """A table, for what all of them hold: inputs, targets, losses and entropies under one route in every layer."""
+        return next(iter(self.tables.values()))
+
+    @property
+    def exact(self) -> dict[int, Arrays]:
+        """Tables of exactly k big layers, by k, from the lowest."""
+        return {int(name): self.tables[name] for name in sorted((n for n in self.tables if n.isdecimal()), key=int)}
+
+
+def read(folder: Path) -> Found:
+    """Read a folder.
+
+    Raises:
+        DuoError: it is not finished, not an oracle's, or damaged; the file is named.
+    """
+    summary = _summary(folder / SUMMARY)
+    budgets = list(summary["budgets"])
+    tables = {budget: _table(folder / table_name(budget, len(budgets))) for budget in budgets}
+    return Found(folder, summary, tables)
+
+
+def _summary(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise DuoError(f"{file}: cannot be read; give the folder of a finished duo-mlx oracle") from None
+    except ValueError as error:
+        raise DuoError(f"{file}: is damaged: {error}") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise DuoError(f"{file}: is no {SCHEMA}")
+    return found
+
+
+def _table(file: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
+            found = {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise DuoError(f"{file}: is missing, and the summary beside it names its budget") from None
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged archive
+        raise DuoError(f"{file}: is damaged ({' '.join(str(error).split())})") from error
+    if missing := [name for name in NEEDED if name not in found]:
+        raise DuoError(f"{file}: holds no {' and no '.join(missing)}; an oracle's table does")
+    return found
