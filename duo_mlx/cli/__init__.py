@@ -24,6 +24,9 @@ COMMANDS = {
     "convert": "Turn a checkpoint into a model directory, or a model directory into a PyTorch checkpoint",
     "convert inspect": "Say what a checkpoint is and what can be made of it, without loading it",
     "oracle": "Find, for each token of a text, the pattern with the lowest loss on the true next token",
+    "oracle claims": "Judge Duo-LLM's ten claims by an oracle, as the paper reads them and with a control",
+    "oracle difficulty": "Study which tokens gain from more compute, in a finished oracle's table",
+    "oracle plot": "Draw what an oracle found, as SVG and PNG with captions",
     "generate": "Generate text after PROMPT, or after standard input where PROMPT is - or left out",
 }
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duo_mlx.errors import DuoError
-from duo_mlx.study.table import SCHEMA, SUMMARY, table_name
+from duo_mlx.study.table import MODEL, SCHEMA, SUMMARY, table_name
 
-NEEDED = ("inputs", "targets", "loss_big", "loss_small", "oracle_loss", "oracle_routes")
+NEEDED = ("inputs", "targets", "loss_big", "loss_small", "oracle_loss", "oracle_routes", MODEL)
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -48,7 +48,11 @@ def read(folder: Path) -> Found:
     """
     summary = _summary(folder / SUMMARY)
     budgets = list(summary["budgets"])
-    tables = {budget: _table(folder / table_name(budget, len(budgets))) for budget in budgets}
+    files = {budget: folder / table_name(budget, len(budgets)) for budget in budgets}
+    tables = {budget: _table(file) for budget, file in files.items()}
+    for budget, table in tables.items():
+        if str(table[MODEL]) != summary["model"].get("sha256", ""):
+            raise DuoError(f"{files[budget]}: is of another model than the summary beside it")
     return Found(folder, summary, tables)
 
 
@@ -61,6 +65,8 @@ def _summary(file: Path) -> dict[str, Any]:
         raise DuoError(f"{file}: is damaged: {error}") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise DuoError(f"{file}: is no {SCHEMA}")
+    if not all(isinstance(found.get(key), dict) and found[key] for key in ("budgets", "model")):
+        raise DuoError(f"{file}: is damaged: it names no budgets or no model")
     return found
 
 

@@ -5,8 +5,9 @@ budget takes their place, and ``summary.json``. The table is ``tokens.npz``, or 
 several budgets, with arrays ``[sequences, length]``: ``inputs``, ``targets``, ``loss_big``, ``loss_small``,
 ``loss_skip``, ``entropy_big``, ``entropy_small``, ``oracle_loss`` and ``difficulty`` (nats; all-small's loss less the
 oracle's), and ``oracle_routes [sequences, length, layers]`` (0 skip, 1 small, 2 big), which ``duo-mlx generate --route
-FILE:N`` replays. Controls add the arrays that `duo_mlx.study.controls` names, and all-big's and all-small's losses in
-the second context, ``short_loss_big`` and ``short_loss_small``.
+FILE:N`` replays; and ``model_sha256``, of the weights that they are of (see `duo_mlx.checkpoint.fingerprint`). Controls
+add the arrays that `duo_mlx.study.controls` names, and all-big's and all-small's losses in the second context,
+``short_loss_big`` and ``short_loss_small``.
 """
 
 import json
@@ -27,6 +28,7 @@ QUESTION, SUMMARY, SEQUENCES = "question.json", "summary.json", "sequences"
 COPIED = ("inputs", "targets", "loss_big", "loss_small", "loss_skip", "entropy_big", "entropy_small")
 CONTEXTS = ("short_loss_big", "short_loss_small")
 BY_BUDGET = ("oracle_loss", "oracle_routes", *controls.NAMES, controls.WORST)
+MODEL = "model_sha256"
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -94,6 +96,7 @@ def finish(
             if all(of in each for each in found)
         }
         arrays["difficulty"] = arrays["loss_small"] - arrays["oracle_loss"]
+        arrays[MODEL] = np.array(question["model"].get("sha256", ""))
         _save_arrays(out / table_name(budget, len(budgets)), arrays)
     _save_json(out / SUMMARY, {"schema": SCHEMA} | question | summary)
     shutil.rmtree(out / SEQUENCES)

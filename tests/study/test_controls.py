@@ -139,6 +139,14 @@ def test_noise_stays_within_the_scales(noisy):
         np.testing.assert_array_equal(losses, passes.at(len(controls.SCALES) - 1)[name])
 
 
+def test_means_that_dip_by_chance_do_not_matter(noisy, monkeypatch):
+    means = {0.0: 1.0, 1.0: 0.8, 2.0: 2.0, 3.0: 1.9}
+    monkeypatch.setattr(controls, "SCALES", tuple(means))
+    monkeypatch.setattr(controls.Noise, "losses", lambda _, scale, count, __: np.full((count, 1), means[scale]))
+    found = [float(noisy().of_mean(loss)["noise_mean"][0]) for loss in (0.9, 1.5, 1.95, 2.5)]
+    assert found == pytest.approx([1.0, 1.5, 1.95, 1.9])  # 1.0 is without noise, 1.9 with all there is
+
+
 def test_noise_follows_the_seed_and_not_the_batch(noisy):
     found = {rows: noisy(rows).losses(0.3, 7, np.random.default_rng((1, 2))) for rows in (1, 3, 64)}
     for rows in (1, 3):
