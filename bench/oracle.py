@@ -115,7 +115,8 @@ def gaps(model: Model, windows: Ids, say: Callable[[str], object]) -> dict[str, 
     """Mean gap of each method by reading and budget, over the range, and patterns that it tried for a token."""
     space = oracle.Space(model, layer_options(model, (Route.SMALL, Route.BIG)))
     tokens = windows.shape[1] - 1
-    limits = [parse_limit(spec, model, tokens) for spec in BUDGETS]
+    within = [spec for spec in BUDGETS if spec == "none" or int(spec) < model.args.num_hidden_layers]
+    limits = [parse_limit(spec, model, tokens) for spec in within]
     found: dict[str, Any] = {}
     for reading_name, compare in (("shared", _shared), ("committed", _committed)):
         each = [compare(model, ids, space, limits) for ids in windows]

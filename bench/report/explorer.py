@@ -24,7 +24,7 @@ def texts(results: Sequence[Result], oracle: Path | None = None) -> list[Text]:
     """
     found = []
     matched = False
-    read = _read(oracle) if oracle else None
+    tables = {name: _read(file) for name, file in _files(oracle).items()} if oracle else {}
     for result in results:
         if not (samples := result.record["samples"]):
             continue
@@ -41,25 +41,38 @@ def texts(results: Sequence[Result], oracle: Path | None = None) -> list[Text]:
             ],
             "difficulty": None,
         }
-        if read and (sequence := _sequence(read["inputs"], samples["ids"])) is not None:
+        for name, read in tables.items():
+            if (sequence := _sequence(read["inputs"], samples["ids"])) is None:
+                continue
             matched = True
-            difficulty, routes = (read[name][sequence] for name in NEEDED[1:])
+            difficulty, routes = (read[array][sequence] for array in NEEDED[1:])
             if routes.shape[1] != text["layers"]:
                 raise DuoError(f"{oracle}: has routes of {routes.shape[1]} layers, and the model has {text['layers']}")
-            _add_oracle(text, difficulty, routes)
+            _add_oracle(text, name, difficulty, routes)
         if text["policies"]:
             found.append(text)
-    if read and not matched:
+    if tables and not matched:
         raise DuoError(f"{oracle}: none of its sequences begins as the text that the results sampled")
     return found
 
 
-def _add_oracle(text: Text, difficulty: np.ndarray, routes: np.ndarray) -> None:
+def _files(oracle: Path) -> dict[str, Path]:
+    """A table, or those of a folder, by what to call them."""
+    if not oracle.is_dir():
+        return {"oracle": oracle}
+    tables = sorted(oracle.glob("tokens*.npz"))
+    if not tables:
+        raise DuoError(f"{oracle}: holds no tokens.npz of a finished duo-mlx oracle")
+    return {file.stem.replace("tokens", "oracle", 1).replace("-", " ", 1): file for file in tables}
+
+
+def _add_oracle(text: Text, name: str, difficulty: np.ndarray, routes: np.ndarray) -> None:
     patterns = [format_pattern(token) for token in routes.astype(int)]
     count = len(text["tokens"])
     hard = [None, *(float(each) if np.isfinite(each) else None for each in difficulty)]
-    text["policies"].append({"name": "oracle", "patterns": patterns[:count], "loss": []})
-    text["difficulty"] = hard[:count]
+    text["policies"].append({"name": name, "patterns": patterns[:count], "loss": []})
+    if text["difficulty"] is None or name == "oracle none":
+        text["difficulty"] = hard[:count]
 
 
 def _sequence(inputs: np.ndarray, ids: list[int]) -> int | None:

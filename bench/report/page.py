@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 
-from duo_mlx.bench.report import costs, figures, machines, projected, tradeoffs
+from duo_mlx.bench.report import costs, figures, machines, oracles, projected, tradeoffs
 from duo_mlx.bench.report.charts import Chart, written
 from duo_mlx.bench.report.explorer import Text
 from duo_mlx.bench.report.markup import Node, data, html, node, table, unfolded
@@ -26,9 +27,10 @@ CHARTS: tuple[Callable[[Sequence[Result]], Chart], ...] = (
 )
 
 
-def charts(results: Sequence[Result]) -> list[Chart]:
-    """All charts, those without figures, too."""
-    return [chart(results) for chart in CHARTS]
+def charts(results: Sequence[Result], oracle: Path | None = None) -> list[Chart]:
+    """All charts, those without figures, too; and that of an oracle's folder."""
+    found = [chart(results) for chart in CHARTS]
+    return [found[0], oracles.quality(results, oracle), *found[1:]] if oracle else found
 
 
 def page(results: Sequence[Result], shown: Sequence[Chart], texts: Sequence[Text]) -> str:

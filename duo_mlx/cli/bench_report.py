@@ -9,7 +9,8 @@ import click
 @click.argument("results", nargs=-1, required=True, metavar="RESULT...", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: report.html beside the first]")
 @click.option("--static", type=click.Path(path_type=Path), metavar="DIR", help="Write every chart as SVG, PNG and CSV.")
-@click.option("--oracle", type=click.Path(path_type=Path), metavar="FILE", help="An oracle's tokens.npz of the text.")
+@click.option("--oracle", type=click.Path(path_type=Path), metavar="DIR|FILE",
+              help="Folder of a duo-mlx oracle, or one of its tables.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 def command(
     results: tuple[Path, ...], out: Path | None, static: Path | None, oracle: Path | None, force: bool
@@ -31,7 +32,7 @@ def command(
 
     found = rows.load(results)
     texts = explorer.texts(found, oracle)
-    charts = page.charts(found)
+    charts = page.charts(found, oracle if oracle and oracle.is_dir() else None)
     first = results[0]
     out = out or (first if first.is_dir() else first.parent) / "report.html"
     drawn = plots.planned(charts, static, force) if static else []

@@ -108,6 +108,7 @@ def shared(
     allowed: Mapping[str, NDArray[np.bool_]],
     rows: int,
     table: Losses | None = None,
+    progress: Callable[[float], object] = lambda share: None,  # noqa: ARG005
 ) -> tuple[dict[str, Best], NDArray[np.float64], Work]:
     """Search all patterns of a space on one text.
 
@@ -119,6 +120,7 @@ def shared(
         allowed: by name, which patterns each token may have, ``[n, tokens]`` or ``[n, 1]``; each has its own answer.
         rows: patterns of one batch at most, which bounds the memory.
         table: ``[n, tokens]``, to be filled with the losses of all patterns.
+        progress: is called with the share of the patterns that is done.
 
     Returns:
         The best by name, the mean loss of each pattern ``[n]`` in nats, and what was evaluated.
@@ -133,6 +135,7 @@ def shared(
             table[number] = losses
         for name, each in best.items():
             each.offer(losses, number, space, allowed[name][number])
+        progress(walk.work.head / len(space.patterns))
     return best, means, walk.work
 
 

@@ -62,7 +62,12 @@ def run(
     for start in range(0, len(todo), processes.count):
         these = todo[start : start + processes.count]
         own = these[processes.rank : processes.rank + 1]
-        packed = processes.gather(_packed(one.sequence(windows[own[0]], own[0])) if own else b"")
+
+        def shown(share: float, before: int = len(done) + start, now: int = len(these)) -> None:
+            if share < 1:  # a whole one is one that is kept
+                progress("searching", before + share * now, len(windows))
+
+        packed = processes.gather(_packed(one.sequence(windows[own[0]], own[0], shown)) if own else b"")
         if processes.rank == 0:
             for number, arrays in zip(these, packed, strict=False):
                 table.save_sequence(out, number, _unpacked(arrays))
@@ -71,7 +76,7 @@ def run(
         return None
     found = [table.read_sequence(out, number, windows[number]) for number in range(len(windows))]
     one.across(found)
-    summary = summarise(found, one.space, one.limits) | {
+    summary = summarise(found, one.space, one.limits, one.price) | {
         "command": command,
         "versions": {name: version(name) for name in ("duo-mlx", "mlx", "mlx-lm", "numpy")},
         "rows": one.rows,

@@ -1,6 +1,6 @@
 """The search of one sequence: its oracle under each budget, and what to judge it by."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -83,7 +83,7 @@ class Searcher:
         self._model, self._question, self._tokens = model, question, tokens
         self._options = layer_options(model, [Route(LETTERS.index(letter)) for letter in question.choices])
         self._method = local.parse_method(question.search)
-        self._price = cost.weight_bytes(model).of
+        self.price = cost.weight_bytes(model).of
         self.limits = [parse_limit(budget, model, tokens) for budget in question.budgets]
         self.rows = rows_within(model, 1 if question.prefix == "committed" else tokens, tokens, max_memory)
         self.space: oracle.Space | None = None
@@ -128,8 +128,19 @@ class Searcher:
                 found[limit.name] = self.space.patterns[chosen]
         return found
 
-    def sequence(self, window: NDArray[np.integer], number: int) -> Arrays:
-        """Everything about one sequence ``[length + 1]``, as arrays by name; its number seeds the noise."""
+    def sequence(
+        self,
+        window: NDArray[np.integer],
+        number: int,
+        progress: Callable[[float], object] = lambda share: None,  # noqa: ARG005
+    ) -> Arrays:
+        """Everything about one sequence, as arrays by name.
+
+        Args:
+            window: its ids ``[length + 1]``.
+            number: which one it is, as a seed of the noise.
+            progress: is called with the share of its search that is done.
+        """
         inputs, targets = window[:-1], window[1:]
         found: Arrays = {"inputs": inputs.astype(np.int32), "targets": targets.astype(np.int32)}
         for route in Route:
@@ -138,11 +149,11 @@ class Searcher:
         mx.reset_peak_memory()
         score = local.Scorer(partial(Text, self._model, inputs, targets, self._options, self.rows))
         if self._question.prefix == "committed":
-            best, work = self._committed(inputs, targets)
+            best, work = self._committed(inputs, targets, progress)
         elif self.space is None:
             best, work = self._local(score), Work()
         else:
-            best, work = self._exhaustive(self.space, inputs, targets, number, found)
+            best, work = self._exhaustive(self.space, inputs, targets, number, found, progress)
         for place, limit in enumerate(self.limits):
             of = best[limit.name]
             found |= {
@@ -165,12 +176,15 @@ class Searcher:
         targets: NDArray[np.integer],
         number: int,
         found: Arrays,
+        progress: Callable[[float], object],
     ) -> tuple[dict[str, Chosen], Work]:
         kept = np.empty((len(space.patterns), len(inputs)), np.float32) if self._question.controls else None
         drawn = {}
         for name, patterns in self._drawn.items():
             drawn[f"random {name}"] = np.isin(np.arange(len(space.patterns)), space.numbers(patterns))[:, None]
-        best, means, work = oracle.shared(self._model, inputs, targets, space, self._allowed | drawn, self.rows, kept)
+        best, means, work = oracle.shared(
+            self._model, inputs, targets, space, self._allowed | drawn, self.rows, kept, progress
+        )
         found["means"] = means.astype(np.float32)
         for place, limit in enumerate(self.limits):
             if f"random {limit.name}" in best:
@@ -183,19 +197,22 @@ class Searcher:
         found = {}
         for limit in self.limits:
             allows = partial(limit.allows, tokens=self._tokens)
-            pool = local.Pool(score, allows, self._price, self._tokens, len(self._options))
+            pool = local.Pool(score, allows, self.price, self._tokens, len(self._options))
             found[limit.name] = local.find(pool, self._options, self._method, self._question.seed)
         return found
 
-    def _committed(self, inputs: NDArray[np.integer], targets: NDArray[np.integer]) -> tuple[dict[str, Chosen], Work]:
+    def _committed(
+        self, inputs: NDArray[np.integer], targets: NDArray[np.integer], progress: Callable[[float], object]
+    ) -> tuple[dict[str, Chosen], Work]:
         works: list[Work] = []
 
         def choose(limit: Limit, cache: list[Any], place: int) -> Chosen:
+            progress(len(works) / (len(self.limits) * len(inputs)))
             walk = partial(Token, self._model, cache, int(inputs[place]), int(targets[place]), self._options, self.rows)
             if self.space is None:
                 score = local.Scorer(walk)
                 pool = local.Pool(
-                    score, lambda of: limit.at(of, place, self._tokens)[:, None], self._price, 1, len(self._options)
+                    score, lambda of: limit.at(of, place, self._tokens)[:, None], self.price, 1, len(self._options)
                 )
                 found = local.find(pool, self._options, self._method, self._question.seed)
                 works.append(score.work)

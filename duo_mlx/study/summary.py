@@ -5,6 +5,7 @@ as Duo-LLM does (arXiv 2410.10846, stage 2), and chosen on one half and scored o
 patterns, by average loss and token by token.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,22 @@ from duo_mlx.study.oracle import Space
 
 LEFT = ("peak_bytes", "table")  # what is not put together
 Arrays = dict[str, NDArray[Any]]
+Price = Callable[[NDArray[np.uint8]], NDArray[Any]]
 
 
-def summarise(found: list[Arrays], space: Space | None, limits: list[Limit]) -> dict[str, Any]:
+def summarise(found: list[Arrays], space: Space | None, limits: list[Limit], price: Price) -> dict[str, Any]:
     """Mean losses in nats a token, by budget, with baselines, controls and 95 % intervals over sequences.
 
     Args:
         found: arrays by name, of each sequence.
         space: the patterns that were searched; None where not all were.
         limits: the budgets, by place.
+        price: weight bytes ``[n]`` that patterns ``[n, layers]`` read for a token.
     """
     every = {name: np.stack([each[name] for each in found]) for name in found[0] if name not in LEFT}
     uniform = {route.name.lower(): every[f"loss_{route.name.lower()}"] for route in Route}
-    budgets = {}
+    all_big = float(price(np.full((1, every["oracle_routes_0"].shape[-1]), Route.BIG, np.uint8))[0])
+    budgets: dict[str, dict[str, Any]] = {}
     for place, limit in enumerate(limits):
         losses = every[f"oracle_loss_{place}"]
         big = (every[f"oracle_routes_{place}"] == Route.BIG).sum(axis=-1)
@@ -41,6 +45,7 @@ def summarise(found: list[Arrays], space: Space | None, limits: list[Limit]) -> 
             "difficulty": float((uniform["small"] - losses).mean()),
             "patterns_seen": float(every[f"seen_{place}"].mean()),
             "big_layers": float(big.mean()),
+            "bytes": float(price(every[f"oracle_routes_{place}"]).mean()) / all_big,  # weights', over all big's
             "controls": _controls(every, place),
         } | _baselines(every, limit, place, space)
     return {

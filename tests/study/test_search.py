@@ -137,8 +137,9 @@ def test_what_is_there_is_not_overwritten(run, tmp_path):
 
 
 def test_another_question_or_a_foreign_or_damaged_folder_is_refused(run, tmp_path):
-    def stop(*_):
-        raise KeyboardInterrupt
+    def stop(_stage, done, _total):
+        if done >= 1:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(progress=stop)
@@ -161,8 +162,9 @@ def test_another_question_or_a_foreign_or_damaged_folder_is_refused(run, tmp_pat
 
 
 def test_a_kept_sequence_of_another_text_is_refused(run):
-    def stop(*_):
-        raise KeyboardInterrupt
+    def stop(_stage, done, _total):
+        if done >= 1:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(progress=stop)

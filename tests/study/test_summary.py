@@ -25,6 +25,11 @@ def limits(tiny_model):
     return [parse_limit(spec, tiny_model(), LENGTH) for spec in BUDGETS]
 
 
+def price(patterns):
+    """Bytes: 10 for a big layer, 3 for a small one."""
+    return np.array([0, 3, 10])[patterns].sum(axis=-1)
+
+
 def made_up(space, sequences, seed=0):
     """Arrays of sequences: random losses of all patterns, some of them as each budget's oracle, and five drawn ones."""
     random, found = np.random.default_rng(seed), []
@@ -60,7 +65,10 @@ def mean(rows):
 @pytest.mark.parametrize("sequences", [1, 2, 5])
 def test_means_are_over_all_tokens_of_all_sequences(space, limits, sequences):
     found = made_up(space, sequences)
-    summary = summarise(found, space, limits)
+    summary = summarise(found, space, limits, price)
+    bigs = [each["oracle_routes_0"] == Route.BIG for each in found]
+    share = np.mean([[(10 * token.sum() + 3 * (~token).sum()) / 40 for token in of] for of in bigs])
+    assert summary["budgets"]["2"]["bytes"] == pytest.approx(share, rel=1e-6)
     for route in ("big", "small", "skip"):
         assert summary["uniform"][route] == mean([each[f"loss_{route}"] for each in found])
         for value, each in zip(summary["uniform_by_sequence"][route], found, strict=True):
@@ -86,7 +94,7 @@ def test_means_are_over_all_tokens_of_all_sequences(space, limits, sequences):
 @pytest.mark.parametrize("sequences", [2, 5])
 def test_fixed_patterns_are_chosen_on_all_and_on_the_other_half(space, limits, sequences):
     found = made_up(space, sequences)
-    summary = summarise(found, space, limits)
+    summary = summarise(found, space, limits, price)
     for budget in ("2", "none"):
         bigs = (space.patterns == Route.BIG).sum(axis=1)
         within = [n for n in range(16) if budget == "none" or bigs[n] == 2]
@@ -102,14 +110,14 @@ def test_fixed_patterns_are_chosen_on_all_and_on_the_other_half(space, limits, s
 
 
 def test_one_sequence_has_no_other_half(space, limits):
-    of = summarise(made_up(space, 1), space, limits)["budgets"]["2"]
+    of = summarise(made_up(space, 1), space, limits, price)["budgets"]["2"]
     assert of["fixed_split"] is None and of["fixed_split_by_sequence"] is None and of["fixed"] > 0
     assert of["oracle_interval"] == pytest.approx([of["oracle"]] * 2)
 
 
 def test_the_best_of_the_random_patterns_by_average_and_by_token(space, limits):
     found = made_up(space, 5)
-    summary = summarise(found, space, limits)
+    summary = summarise(found, space, limits, price)
     best = lowest(found, range(5), range(3, 8))
     for budget in ("2", "none"):
         of = summary["budgets"][budget]
@@ -122,11 +130,11 @@ def test_what_there_is_no_baseline_for_is_null_and_says_why(space, limits):
     found = made_up(space, 3)
     fixed = ("fixed", "fixed_pattern", "fixed_split", "fixed_split_by_sequence")
     drawn = ("random", "random_by_sequence", "random_by_token")
-    schedule = summarise(found, space, limits)["budgets"]["3..1"]
+    schedule = summarise(found, space, limits, price)["budgets"]["3..1"]
     assert all(schedule[name] is None for name in (*fixed, *drawn)) and "schedule" in schedule["why_no_fixed"]
     for each in found:
         del each["means"]
-    for summary in (summarise(found, space, limits), summarise(found, None, limits)):
+    for summary in (summarise(found, space, limits, price), summarise(found, None, limits, price)):
         of = summary["budgets"]["2"]
         assert all(of[name] is None for name in fixed) and "exhaustive shared" in of["why_no_fixed"]
         assert of["random"] > 0
@@ -140,7 +148,7 @@ def test_controls_are_over_the_tokens_that_have_them(space, limits):
         each["mean_loss_0"] = random.random(LENGTH, np.float32)
         each["to_short_0"] = np.where(np.arange(LENGTH) < 3, np.nan, random.random(LENGTH)).astype(np.float32)
         each["noise_12_0"] = each["mean_loss_1"] = np.full(LENGTH, np.nan, np.float32)
-    summary = summarise(found, space, limits)
+    summary = summarise(found, space, limits, price)
     of = summary["budgets"]["2"]["controls"]
     assert of.keys() == {"mean_loss", "to_short"}  # what no token has is left out
     assert summary["budgets"]["3..1"]["controls"] is None and summary["budgets"]["none"]["controls"] is None
@@ -156,5 +164,5 @@ def test_sequences_are_resampled_whole(space, limits):
     found = made_up(space, 6)
     for each in found:  # tokens differ as before, sequences do not
         each["oracle_loss_0"] += 3 - each["oracle_loss_0"].mean(dtype=np.float64)
-    low, high = summarise(found, space, limits)["budgets"]["2"]["oracle_interval"]
+    low, high = summarise(found, space, limits, price)["budgets"]["2"]["oracle_interval"]
     assert low == pytest.approx(3, abs=1e-5) and high == pytest.approx(3, abs=1e-5)

@@ -10,6 +10,7 @@ import pytest
 
 from duo_mlx.bench.report import explorer, machines, markup, page, rows
 from duo_mlx.errors import DuoError
+from duo_mlx.study import search, sequence
 
 
 def built(results, oracle=None):
@@ -191,3 +192,42 @@ def test_policies_of_several_quantisations_have_names_of_their_own(made_result):
     ]  # fmt: skip
     record["samples"] = None
     assert explorer.texts(rows.labelled([("", record)])) == []
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_model, made_result):
+    """The folder of a real oracle with three budgets, whose first sequence begins as the made text."""
+    ids = made_result()["samples"]["ids"]
+    windows = np.array([[*ids, 5, 6, 7], range(len(ids) + 3)])
+    asked = sequence.Question("sB", "shared", ("none", "2", "0"), 0, {"source": "here"}, {"name": "tiny"})
+    search.run(tiny_model(), windows, asked, tmp_path / "oracle", "typed", 1 << 24)
+    return tmp_path / "oracle"
+
+
+def test_an_oracles_folder_adds_a_chart_and_its_tables(made_result, folder):
+    results, summary = rows.labelled([("", made_result())]), json.loads((folder / "summary.json").read_text())
+    charts = page.charts(results, folder)
+    assert [chart.key for chart in charts[:2]] == ["quality", "oracle"] and len(charts) == len(page.charts(results)) + 1
+    oracle, random, fixed, measured = charts[1].series
+    by_bytes = sorted(summary["budgets"].items(), key=lambda each: each[1]["bytes"])
+    assert [(point.x, point.y) for point in oracle.points] == [(of["bytes"], of["oracle"]) for _, of in by_bytes]
+    assert oracle.projected and [point.label for point in oracle.points] == [name for name, _ in by_bytes]
+    assert oracle.points[0].y_span == tuple(summary["budgets"]["0"]["oracle_interval"])
+    assert [point.y for point in fixed.points] == [summary["budgets"][k]["fixed_split"] for k in ("0", "2")]
+    assert [point.y for point in random.points] == [summary["budgets"][k]["random"] for k in ("0", "2")]
+    cells = [cell for cell in rows.usable(results) if not cell.peer and cell.record["quality"]]
+    assert {point.x for point in measured.points} <= {1 / cell.summary("byte_ratio") for cell in cells}
+    (text,) = explorer.texts(results, folder)
+    named = {policy["name"]: policy["patterns"] for policy in text["policies"]}
+    assert {"oracle none", "oracle 2", "oracle 0"} <= set(named) and set("".join(named["oracle 0"])) == {"s"}
+    with np.load(folder / "tokens-none.npz") as table:
+        expected = table["difficulty"][0, : len(text["tokens"]) - 1].tolist()
+    assert text["difficulty"][1:] == pytest.approx(expected)
+
+
+def test_a_folder_that_is_no_oracle_is_refused(made_result, tmp_path):
+    results = rows.labelled([("", made_result())])
+    with pytest.raises(DuoError, match="holds no tokens.npz of a finished duo-mlx oracle"):
+        explorer.texts(results, tmp_path)
+    with pytest.raises(DuoError, match="summary.json: cannot be read"):
+        page.charts(results, tmp_path)
