@@ -4,6 +4,7 @@ Every function returns a `RouteTable`, from which the cost of any pattern is loo
 as FLOPs; the embedding counts as one row; a tied head is read whole, as a head of its own would be.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +76,23 @@ def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
         if by_router:
             costs += nbytes(layer.mlp.router)
     return RouteTable(nbytes(head) + row + nbytes(model.model.norm), by_route)
+
+
+def pass_bytes(model: Model) -> Callable[[Routes], int]:
+    """Bytes of weights that one pass over several tokens reads, as a function of their routes ``[tokens, layers]``.
+
+    Each FFN that some token needs is read once. The routes must be as the model realises them.
+    """
+    table = weight_bytes(model)
+    small = np.array([nbytes(layer.mlp.small) for layer in model.layers])
+
+    def of(routes: Routes) -> int:
+        # a dearer route reads all that a cheaper one does, but for the small FFN beside big's
+        dearest = table.by_route[np.arange(len(small)), routes].max(axis=0)
+        both = (routes == Route.BIG).any(axis=0) & (routes == Route.SMALL).any(axis=0)
+        return int(table.fixed + dearest.sum() + small[both].sum())
+
+    return of
 
 
 def cache_bytes(model: Model, context: int) -> RouteTable:

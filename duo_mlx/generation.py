@@ -1,6 +1,8 @@
-"""Generation: a model bound to a policy, driven by mlx-lm's own generation loop, caches and samplers."""
+"""Generation: a model bound to a policy, driven by mlx-lm's `generate_step` or by speculation, as a stream of text."""
 
+import time
 from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -8,24 +10,32 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import GenerationResponse
-from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
+from mlx_lm.generate import GenerationResponse, generate_step, generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from duo_mlx import budget
 from duo_mlx.conditional import check_strategy
+from duo_mlx.drafting import Lengths
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Layer, Model
 from duo_mlx.policies import FixedPolicy, Policy, parse_route
 from duo_mlx.router import Recorder, Router
 from duo_mlx.routes import Route, Routes
+from duo_mlx.speculation import Speculation, Token
+from duo_mlx.speculation import speculate as speculative_steps
 
 
 @dataclass
 class Response(GenerationResponse):
-    """mlx-lm's response, and the `routes` of the pass that predicted this token."""
+    """mlx-lm's response, and the `routes` of the pass that predicted this token.
+
+    With speculation ``from_draft`` says that the token was drafted, ``corrected`` that it came instead of a drafted
+    one, and ``speculation`` is the count so far, else None.
+    """
 
     find_routes: Callable[[], Routes] = field(kw_only=True, repr=False)
+    corrected: bool = field(default=False, kw_only=True)
+    speculation: Speculation | None = field(default=None, kw_only=True)
 
     @cached_property
     def routes(self) -> Routes:
@@ -144,6 +154,8 @@ def stream_generate(
     strategy: str = "auto",
     seed: int = 0,
     max_tokens: int = 256,
+    speculate: str | Policy | Router | None = None,
+    draft_tokens: int | str | Lengths | None = None,
     **kwargs: Any,
 ) -> Generator[Response, None, None]:
     """Generate token by token with per-token routes.
@@ -157,16 +169,23 @@ def stream_generate(
         strategy: how routes are carried out, see `duo_mlx.conditional`.
         seed: of random routes (sampling follows ``mx.random.seed``).
         max_tokens: at most so many tokens, and never beyond the model's context or the end of replayed routes.
-        kwargs: mlx-lm's own arguments of ``generate_step``: sampler, logits_processors, prompt_cache, kv_bits ...
+        speculate: a route SPEC or policy, known to the host and cheaper than ``route``, that drafts tokens for
+            ``route`` to verify, see `duo_mlx.speculation`; None: no speculation.
+        draft_tokens: how many to draft before they are verified; None: ``auto``, as many as pay.
+        kwargs: mlx-lm's own arguments of ``generate_step``: sampler, logits_processors, prompt_cache, kv_bits ...;
+            with ``speculate`` those of `duo_mlx.speculation.speculate`.
 
     Yields:
         One `Response` a token: mlx-lm's fields and the token's ``routes [layers]``.
 
     Raises:
-        DuoError: an empty or too long prompt, an unusable route or strategy.
+        DuoError: an empty or too long prompt, an unusable route or strategy, nothing to speculate with.
     """
     if route is None or isinstance(route, str):
         route = policy_of(model, route, seed)
+    draft = policy_of(model, speculate, seed) if isinstance(speculate, str) else speculate
+    if draft is None and draft_tokens is not None:
+        raise DuoError("draft_tokens without speculate; say which route drafts")
     tokens = encode(tokenizer, prompt)
     cached = _cached(kwargs.get("prompt_cache"))
     first = cached + len(tokens)
@@ -175,9 +194,55 @@ def stream_generate(
         raise DuoError(f"max_tokens is {max_tokens}; it must be at least 1")
     max_tokens = max_tokens if limit is None else min(max_tokens, limit)
     routed = RoutedModel(model, route, strategy, start=cached)
-    for response in mlx_lm_stream_generate(routed, tokenizer, tokens, max_tokens, **kwargs):
-        position = first + response.generation_tokens - 2
-        yield Response(**vars(response), find_routes=routed.later(position))
+    if draft is None:
+        plain = generate_step(mx.array(tokens), routed, max_tokens=max_tokens, **kwargs)
+        steps = (Token(token, logprobs) for token, logprobs in plain)
+    else:
+        length = "auto" if draft_tokens is None else draft_tokens
+        kwargs |= {"draft_tokens": length, "strategy": strategy, "max_tokens": max_tokens}
+        steps = speculative_steps(model, tokens, route, draft, **kwargs)
+    with wired_limit(routed, [generation_stream]), closing(steps):
+        yield from _responses(steps, routed, tokenizer, len(tokens), first - 1, max_tokens)
+
+
+def _responses(
+    steps: Generator[Token, None, None],
+    routed: RoutedModel,
+    tokenizer: TokenizerWrapper,
+    prompt_tokens: int,
+    position: int,
+    max_tokens: int,
+) -> Generator[Response, None, None]:
+    """Tokens as mlx-lm's `stream_generate` gives them, until a stop token or the last; ``position`` is the prompt's."""
+    detokenizer = tokenizer.detokenizer
+    before = time.perf_counter()
+    for count, step in enumerate(steps, start=1):
+        if count == 1:
+            prompt_tps = prompt_tokens / (time.perf_counter() - before)
+            before = time.perf_counter()
+        stop = step.token in tokenizer.eos_token_ids
+        finish_reason = "stop" if stop else "length" if count == max_tokens else None
+        if not stop:
+            detokenizer.add_token(step.token)
+        if finish_reason:
+            detokenizer.finalize()
+        yield Response(
+            text=detokenizer.last_segment,
+            token=step.token,
+            logprobs=step.logprobs,
+            from_draft=step.from_draft,
+            prompt_tokens=prompt_tokens,
+            prompt_tps=prompt_tps,
+            generation_tokens=count,
+            generation_tps=count / (time.perf_counter() - before),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=finish_reason,
+            find_routes=routed.later(position + count - 1),
+            corrected=step.corrected,
+            speculation=step.speculation,
+        )
+        if finish_reason:
+            return
 
 
 def _cached(prompt_cache: list[Any] | None) -> int:

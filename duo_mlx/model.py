@@ -116,25 +116,41 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(
-        self, h: mx.array, cache: list[Any] | None, routes: list[conditional.LayerRoutes | Router], strategy: str
+        self,
+        h: mx.array,
+        cache: list[Any] | None,
+        routes: list[conditional.LayerRoutes | Router],
+        strategy: str,
+        start: int = 0,
+        stop: int | None = None,
     ) -> mx.array:
-        caches = cache or [None] * len(self.layers)
-        masks = self.masks(h, caches)
-        rotate = self.layers[0].self_attn.rotation(h.shape[1], caches[0])
+        """What layers ``start`` to ``stop`` make of ``h [batch, tokens, hidden]``; after the last one comes the norm.
+
+        ``cache`` and ``routes`` have an entry for each layer of the model.
+        """
+        layers = self.layers[start:stop]
+        if not layers:
+            return h
+        caches = cache[start:stop] if cache else [None] * len(layers)
+        masks = self.masks(h, caches, start)
+        rotate = layers[0].self_attn.rotation(h.shape[1], caches[0])
         single = h.shape[1] == 1  # goes through the layers as [batch, hidden]
         h = h[:, 0] if single else h
-        for layer, layer_cache, route in zip(self.layers, caches, routes, strict=True):
+        for layer, layer_cache, route in zip(layers, caches, routes[start:stop], strict=True):
             h = layer(h, masks[layer.use_sliding], layer_cache, rotate, route, strategy)
-        h = self.norm(h)
+        h = self.norm(h) if layers[-1] is self.layers[-1] else h
         return h[:, None] if single else h
 
-    def masks(self, h: mx.array, caches: list[Any]) -> dict[bool, mx.array | str | None]:
-        """The attention masks of a pass over ``h [batch, tokens, hidden]``, by whether a layer's attention slides."""
+    def masks(self, h: mx.array, caches: list[Any], start: int = 0) -> dict[bool, mx.array | str | None]:
+        """The attention masks of a pass over ``h [batch, tokens, hidden]``, by whether a layer's attention slides.
+
+        ``caches`` are those of the layers from ``start`` on.
+        """
         masks: dict[bool, mx.array | str | None] = {}
-        for sliding in sorted({layer.use_sliding for layer in self.layers}):
-            first = next(index for index, layer in enumerate(self.layers) if layer.use_sliding == sliding)
+        slides = [layer.use_sliding for layer in self.layers[start : start + len(caches)]]
+        for sliding in sorted(set(slides)):
             window = self.args.sliding_window if sliding else None
-            masks[sliding] = create_attention_mask(h, caches[first], window_size=window)
+            masks[sliding] = create_attention_mask(h, caches[slides.index(sliding)], window_size=window)
         return masks
 
 

@@ -212,10 +212,10 @@ def searched(saved, tmp_path_factory):
     def alone(out):
         return CliRunner().invoke(main, [*question, "--out", str(out)], prog_name="duo-mlx")
 
-    def once(one, window, number):
+    def once(one, window, number, progress):
         if number == 1:
             raise KeyboardInterrupt
-        return search_one(one, window, number)
+        return search_one(one, window, number, progress)
 
     search_one = sequence.Searcher.sequence
     with pytest.MonkeyPatch.context() as patch:

@@ -18,6 +18,8 @@ STRATEGIES = ("auto", "dense", "planned", "sorted", "sync", "masked", "fused")
 @click.option(
     "--route", metavar="SPEC", help="Where routes come from, see above.  [default: the model's default_route]"
 )
+@click.option("--speculate", metavar="SPEC", help="Draft tokens by this cheaper route, for --route to verify at once.")
+@click.option("--draft-tokens", metavar="K|auto", help="Draft so many before verifying; auto: as many as pay.")
 @click.option("--strategy", type=click.Choice(STRATEGIES), default="auto", show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: always the likeliest.")
@@ -32,6 +34,8 @@ def command(
     model: str | None,
     revision: str | None,
     route: str | None,
+    speculate: str | None,
+    draft_tokens: str | None,
     strategy: str,
     max_tokens: int,
     temp: float,
@@ -61,6 +65,7 @@ def command(
       duo-mlx generate "It is a truth universally acknowledged"
       duo-mlx generate --route BBBBBBssssss --json "My dear Mr. Bennet"
       echo "Emma was" | duo-mlx generate --route random --show-routes
+      duo-mlx generate --route big --speculate budget:6 "It is a truth"
 
     Text goes to standard output, statistics to standard error. Ctrl-C ends with what was generated.
     """
@@ -72,7 +77,6 @@ def command(
         raise click.UsageError("the prompt is empty; give at least one word")
 
     import mlx.core as mx
-    from mlx_lm.sample_utils import make_sampler
 
     from duo_mlx.checkpoint import load, read_weights
     from duo_mlx.cli.painter import RoutePainter
@@ -81,20 +85,23 @@ def command(
     from duo_mlx.generation import encode, policy_of, room, stream_generate
     from duo_mlx.policies import FixedPolicy
     from duo_mlx.router import Router
+    from duo_mlx.sampling import Sampling
 
     loaded, tokenizer = load(model, revision=revision, lazy=True, fuse=True)
     for token in stop_tokens:
         _add_stop_token(tokenizer, token)
     spec = route or loaded.args.default_route
     policy = policy_of(loaded, spec, seed)
+    draft = None if speculate is None else policy_of(loaded, speculate, seed)
     tokens = _encode_chat(tokenizer, prompt) if _wants_chat(tokenizer, chat) else encode(tokenizer, prompt)
     limit = room(loaded, policy, len(tokens))
     if limit is not None and limit < max_tokens:
         click.echo(f"duo-mlx: only {limit} of {max_tokens} tokens fit after the prompt", err=True)
     mx.random.seed(seed)
-    read_weights(loaded, policy.pattern if isinstance(policy, FixedPolicy) else None)
+    for used in filter(None, (policy, draft)):
+        read_weights(loaded, used.pattern if isinstance(used, FixedPolicy) else None)
 
-    run = Run(loaded, spec, strategy, seed, by_router=isinstance(policy, Router))
+    run = Run(loaded, spec, strategy, seed, by_router=isinstance(policy, Router), drafted_by=speculate)
     painter = RoutePainter(tokenizer, tokens, sys.stdout) if show_routes and not as_json else None
     responses = stream_generate(
         loaded,
@@ -103,7 +110,9 @@ def command(
         route=policy,
         strategy=strategy,
         max_tokens=max_tokens,
-        sampler=make_sampler(temp, top_p),
+        speculate=draft,
+        draft_tokens=draft_tokens,
+        sampler=Sampling(temp, top_p),
     )
     try:
         for response in responses:

@@ -1,4 +1,4 @@
-"""``--show-routes``: the generated text with each token coloured by its share of big."""
+"""``--show-routes``: the generated text with each token coloured by its share of big, and drafts marked."""
 
 from typing import TextIO
 
@@ -13,6 +13,7 @@ from duo_mlx.generation import Response
 from duo_mlx.routes import Route, Routes, format_pattern
 
 LOW, HIGH = (200, 225, 255), (20, 60, 140)  # background without any big, and with big in every layer
+MARKS = {"accepted": Style(underline=True), "corrected": Style(bold=True)}  # of what became of drafts
 CONTEXT = 4  # tokens before a new one that decide how it is written, such as whether a space precedes it
 
 
@@ -21,6 +22,11 @@ def style(share: float) -> Style:
     red, green, blue = (round(low + share * (high - low)) for low, high in zip(LOW, HIGH, strict=True))
     letters = Color.from_rgb(255, 255, 255) if share > 0.45 else Color.from_rgb(0, 0, 0)
     return Style(color=letters, bgcolor=Color.from_rgb(red, green, blue))
+
+
+def mark(response: Response) -> str:
+    """What a token is to a draft: ``accepted`` from one, ``corrected`` where another was drafted, or nothing."""
+    return "accepted" if response.from_draft else "corrected" if response.corrected else ""
 
 
 class RoutePainter:
@@ -32,7 +38,7 @@ class RoutePainter:
         self.notes = notes or Console(stderr=True, highlight=False, soft_wrap=True)
         self.before = prompt[-CONTEXT:]
         self.pending: list[int] = []
-        self.shown: list[tuple[str, Routes]] = []
+        self.shown: list[tuple[str, Routes, str]] = []
 
     def add(self, response: Response) -> None:
         """Write one more token; bytes of an unfinished character wait for the rest."""
@@ -44,9 +50,10 @@ class RoutePainter:
             return
         self.before = (self.before + self.pending)[-CONTEXT:]
         self.pending = []
-        self.shown.append((text, response.routes))
-        share = float((response.routes == Route.BIG).mean())
-        self.console.print(Text(text, style(share) if self.console.is_terminal else ""), end="")
+        drafted = mark(response)
+        self.shown.append((text, response.routes, drafted))
+        look = style(float((response.routes == Route.BIG).mean())) + MARKS.get(drafted, Style())
+        self.console.print(Text(text, look if self.console.is_terminal else ""), end="")
 
     def _text(self) -> str:
         """What the pending tokens add to the text before them."""
@@ -55,14 +62,19 @@ class RoutePainter:
 
     def finish(self) -> None:
         """The legend; where colours cannot be shown, the tokens with their patterns instead."""
+        drafts = any(drafted for _, _, drafted in self.shown)
         if self.console.is_terminal:
             legend = Text("share of big: ")
             for share in (0.0, 0.25, 0.5, 0.75, 1.0):
                 legend.append(f" {share:.0%} ", style(share))
+            if drafts:
+                legend.append("  drafts: ")
+                for drafted, look in MARKS.items():
+                    legend.append(drafted, look).append(" ")
             self.notes.print(legend)
             return
-        table = Table("pattern", "token", box=None, pad_edge=False)
-        for text, routes in self.shown:
-            table.add_row(format_pattern(routes), Text(repr(text)))
+        table = Table("pattern", *["draft"] * drafts, "token", box=None, pad_edge=False)
+        for text, routes, drafted in self.shown:
+            table.add_row(format_pattern(routes), *[drafted] * drafts, Text(repr(text)))
         self.notes.print(table)
         self.notes.print("B big, s small, - skip; one character a layer")

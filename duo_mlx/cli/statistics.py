@@ -9,21 +9,25 @@ import numpy as np
 from duo_mlx import auto, conditional, cost
 from duo_mlx.generation import Response
 from duo_mlx.model import Model
-from duo_mlx.routes import histogram
+from duo_mlx.routes import Routes, histogram
 
 
 class Run:
     """Collects the responses of one generation and sums them up.
 
     ``routes`` count token x layer over the generated tokens, each by the pass that predicted it. ``host_syncs`` are
-    the waits of the host for the device: one for each generated token, and each time a strategy read a route.
-    ``bytes_per_token`` are the weights and the KV cache that the mean generated token's route reads.
+    the waits of the host for the device: one for each generated token, or with speculation for each verification, and
+    each time a strategy read a route. ``bytes_per_token`` are the weights and the KV cache that the mean generated
+    token's route reads; with speculation all passes', drafts and verifications, over the tokens that came of them.
     """
 
-    def __init__(self, model: Model, spec: str, strategy: str, seed: int, by_router: bool):
+    def __init__(
+        self, model: Model, spec: str, strategy: str, seed: int, by_router: bool, drafted_by: str | None = None
+    ):
         self.model = model
         self.spec = spec
         self.by_router = by_router
+        self.drafted_by = drafted_by
         if strategy == "auto":  # a single token with host-known routes is always planned
             weight = model.model.norm.weight
             strategy = auto.choose(model.layers[0].mlp, 1, weight.dtype, "device") if by_router else "planned"
@@ -49,8 +53,7 @@ class Run:
         """All figures, times in seconds."""
         last = self.responses[-1]
         routes = np.stack([response.routes for response in self.responses])
-        context = last.prompt_tokens + (self.generated - 1) // 2
-        table = cost.weight_bytes(self.model, self.by_router) + cost.cache_bytes(self.model, context)
+        waits, read = self._passes(routes)
         return {
             "text": self.text,
             "route": self.spec,
@@ -65,10 +68,36 @@ class Run:
             "peak_memory_bytes": mx.get_peak_memory(),
             "routes": histogram(routes),
             "routes_per_layer": [histogram(column) for column in routes.T],
-            "host_syncs": self.generated + conditional.host_reads() - self._reads,
-            "bytes_per_token": round(float(table.of(routes).mean())),
+            "host_syncs": waits + conditional.host_reads() - self._reads,
+            "bytes_per_token": round(read),
             "energy_j": None,
             "energy_meter": "none",
+            "speculation": self._speculation(),
+        }
+
+    def _passes(self, routes: Routes) -> tuple[int, float]:
+        """How many passes the host waited for, and the bytes read for a token; ``routes`` are ``[tokens, layers]``."""
+        counts = self.responses[-1].speculation
+        if counts is not None:
+            return counts.verifications, (counts.weight_bytes + counts.cache_bytes) / counts.tokens
+        context = self.responses[-1].prompt_tokens + (self.generated - 1) // 2
+        table = cost.weight_bytes(self.model, self.by_router) + cost.cache_bytes(self.model, context)
+        return self.generated, float(table.of(routes).mean())
+
+    def _speculation(self) -> dict[str, Any] | None:
+        """What drafting came to; the first position is that of a round's first drafted token."""
+        counts = self.responses[-1].speculation
+        if counts is None:
+            return None
+        return {
+            "route": self.drafted_by,
+            "verifications": counts.verifications,
+            "drafted": sum(counts.drafted),
+            "accepted": sum(counts.accepted),
+            "drafted_by_position": counts.drafted,
+            "acceptance_by_position": counts.acceptance,
+            "tokens_per_verification": counts.tokens / counts.verifications,
+            "weight_bytes_per_token": round(counts.weight_bytes / counts.tokens),
         }
 
     def json(self) -> str:
@@ -87,4 +116,10 @@ class Run:
             f"memory      {results['bytes_per_token'] / 1e6:.1f} MB read a token,"
             f" peak {results['peak_memory_bytes'] / 1e6:.0f} MB",
         ]
+        if drafts := results["speculation"]:
+            lines.insert(
+                2,
+                f"speculation {drafts['accepted']} of {drafts['drafted']} tokens drafted by {drafts['route']} accepted,"
+                f" {drafts['tokens_per_verification']:.2f} tokens a verification",
+            )
         return "\n".join(lines)

@@ -66,7 +66,7 @@ def case(tiny_model):
 @given(
     moves=st.lists(st.tuples(st.integers(0, LAYERS - 1), st.sampled_from(list(Route)), st.booleans()), max_size=8),
 )
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 def test_after_any_moves_the_loss_is_that_of_a_whole_pass(case, kind, moves):
     model, windows = case(kind)
     loss = PatternLoss(model, windows)

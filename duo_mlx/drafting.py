@@ -1,0 +1,154 @@
+"""How many tokens to draft before the next verification: a fixed number, or what pays.
+
+A round drafts k tokens and verifies them in one pass, which gives one token more than it accepts. With a_i the share of
+i-th drafted tokens that are accepted where all before them were, it is expected to give 1 + a_1 + a_1 a_2 + ... + a_1
+... a_k tokens. It takes k draft steps and a verifying pass over k + 1 tokens. `best_length` is the k with the most
+tokens a second, and 0, plain decoding, is one of them.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from duo_mlx import auto
+from duo_mlx.errors import DuoError
+
+LONGEST = auto.FEW - 1  # drafted by `Auto`: with the token before them, what a pass still takes as decoding
+OPENING = (1, 3, 7, 0)  # lengths whose times are learned first: passes over 2, 4, 8 tokens and 1
+PROBE = 32  # rounds after which another choice is tried once
+KEPT = 5  # times of a length that count, the latest
+FADE = 1 - 1 / 16  # of what a position's acceptance was, with each token that tells of it
+WEIGHT = 2.0  # in tokens, of what all positions tell of one
+
+Floats = NDArray[np.float64]
+
+
+def tokens_expected(acceptance: Sequence[float] | Floats) -> Floats:
+    """What a round with 0, 1, 2 ... drafted tokens is expected to give, ``[lengths + 1]``.
+
+    ``acceptance [lengths]``: of the first, second ... drafted token, where all before it were accepted.
+    """
+    return np.concatenate([[1.0], 1 + np.cumsum(np.cumprod(acceptance))])
+
+
+def best_length(acceptance: Sequence[float] | Floats, seconds: Sequence[float] | Floats) -> int:
+    """The number of drafted tokens with the most tokens a second; of equals, the least.
+
+    Args:
+        acceptance: see `tokens_expected`.
+        seconds: of a round with 0, 1, 2 ... drafted tokens, ``[lengths + 1]``.
+    """
+    return int(np.argmax(tokens_expected(acceptance) / np.asarray(seconds)))
+
+
+def round_seconds(draft: float, verify: Mapping[int, float], longest: int = LONGEST) -> Floats:
+    """The time of a round with 0 to ``longest`` drafted tokens, ``[longest + 1]``, from those of its passes.
+
+    Args:
+        draft: seconds of a draft step.
+        verify: seconds of a verifying pass by its number of tokens, such as 1, 2, 4 and 8, from 1 to at least
+            ``longest + 1``; between them it is taken as linear.
+        longest: number of drafted tokens.
+
+    Raises:
+        DuoError: ``verify`` lacks 1, or ends too early.
+    """
+    known = sorted(verify)
+    if not known or known[0] != 1 or known[-1] <= longest:
+        raise DuoError(f"times of verifying passes must be of 1 to at least {longest + 1} tokens, not of {known}")
+    lengths = np.arange(longest + 1)
+    return lengths * draft + np.interp(lengths + 1, known, [verify[tokens] for tokens in known])
+
+
+class Lengths(Protocol):
+    """Chooses the number of drafted tokens round by round."""
+
+    def choose(self) -> int:
+        """How many to draft next; fewer are drafted where no more fit."""
+
+    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
+        """What a round came to."""
+
+
+class Fixed:
+    """Always the same number."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def choose(self) -> int:
+        return self.tokens
+
+    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
+        """Nothing is learned."""
+
+
+class Auto:
+    """What pays, by running acceptance and times.
+
+    Acceptance is counted by position, fades, and leans on that of all positions where a position has seen little. The
+    time of a round is the least of the latest with that many drafted tokens; unless times are given, the first rounds
+    measure those of `OPENING`, and lengths between are interpolated. Now and then a round drafts one token more than
+    seems best, or none, since acceptance and times change with the text and the context.
+
+    Args:
+        longest: number of drafted tokens.
+        seconds: of a round with 0 to ``longest`` drafted tokens, as from `round_seconds`; None: measured.
+    """
+
+    def __init__(self, longest: int = LONGEST, seconds: Sequence[float] | Floats | None = None):
+        self._longest = longest
+        self._given = seconds
+        self._times: dict[int, deque[float]] = {}
+        self._tried, self._accepted = np.zeros(longest), np.zeros(longest)
+        opening = OPENING if seconds is None else ()
+        self._opening = [length for length in opening if length <= longest]
+        self._chosen = 0  # rounds after the opening
+
+    def choose(self) -> int:
+        if self._opening:
+            return self._opening.pop(0)
+        self._chosen += 1
+        best = best_length(self.acceptance(), self.seconds())
+        if self._chosen % PROBE:
+            return best
+        plain = best > 0 and self._chosen % (2 * PROBE) == 0
+        return 0 if plain else min(best + 1, self._longest)
+
+    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
+        self._times.setdefault(drafted, deque(maxlen=KEPT)).append(seconds)
+        tried = min(accepted + 1, drafted)  # those after the first that was not accepted tell nothing
+        for counts, more in ((self._tried, tried), (self._accepted, accepted)):
+            counts[:tried] *= FADE
+            counts[:more] += 1
+
+    def acceptance(self) -> Floats:
+        """Of each position's drafted token, where all before it were accepted, ``[longest]``."""
+        of_all = (self._accepted.sum() + WEIGHT / 2) / (self._tried.sum() + WEIGHT)
+        return np.asarray((self._accepted + WEIGHT * of_all) / (self._tried + WEIGHT))
+
+    def seconds(self) -> Floats:
+        """Of a round with 0, 1, 2 ... drafted tokens, ``[longest + 1]``."""
+        if self._given is not None:
+            return np.asarray(self._given)
+        known = sorted(self._times)
+        return np.interp(np.arange(self._longest + 1), known, [min(self._times[length]) for length in known])
+
+
+def lengths(draft_tokens: int | str | Lengths) -> Lengths:
+    """What chooses the number of drafted tokens: ``auto``, a number from 0, or a `Lengths` of one's own.
+
+    Raises:
+        DuoError: it is none of these.
+    """
+    if draft_tokens == "auto":
+        return Auto()
+    if not isinstance(draft_tokens, int | str):
+        return draft_tokens
+    text = str(draft_tokens)
+    if not (text.isascii() and text.isdigit() and len(text) < 10):  # int() refuses thousands of digits
+        raise DuoError(f"draft_tokens is {text}; it must be auto or a whole number from 0")
+    return Fixed(int(text))

@@ -1,0 +1,193 @@
+"""One round of self-speculative decoding: draft, take back, verify, judge; see `duo_mlx.speculation`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generation_stream
+
+from duo_mlx import conditional, cost
+from duo_mlx.model import Model
+from duo_mlx.policies import Policy
+from duo_mlx.routes import Routes
+from duo_mlx.sampling import Sampling
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # of tokens [length] and logits [1, vocab], as mlx-lm's
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round came to.
+
+    Args:
+        tokens: the drafted ones that stand, and one more.
+        logprobs: of the verifying pass, ``[drafted + 1, vocab]``.
+        drafted: how many were.
+        weight_bytes: that all its passes read.
+        cache_bytes: of keys and values that they read.
+    """
+
+    tokens: list[int]
+    logprobs: mx.array
+    drafted: int
+    weight_bytes: int
+    cache_bytes: int
+
+    @property
+    def accepted(self) -> int:
+        """How many drafted tokens stand."""
+        return len(self.tokens) - 1
+
+
+class Rounds:
+    """Rounds after what a cache holds, which nobody else may change meanwhile.
+
+    Args:
+        model: a Duo.
+        verify: the verifying routes.
+        draft: the drafts' routes.
+        strategy: of all passes.
+        cache: of one sequence; it can take tokens back.
+        sampling: of drafted and of verified tokens.
+        processors: of logits.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        verify: Policy,
+        draft: Policy,
+        strategy: str,
+        cache: list[Any],
+        sampling: Sampling,
+        processors: Sequence[LogitsProcessor] = (),
+    ):
+        self._model, self._verify, self._draft, self._strategy = model, verify, draft, strategy
+        self._cache, self._sampling, self._processors = cache, sampling, processors
+        self._bytes = cost.pass_bytes(model)
+
+    def read(self, tokens: Sequence[int], chunk: int) -> None:
+        """Fill the cache with ``tokens`` by the verifying routes, ``chunk`` in a pass."""
+        with mx.stream(generation_stream):
+            for start in range(0, len(tokens), chunk):
+                part = mx.array([tokens[start : start + chunk]])
+                position = self._cache[0].offset
+                routes = patterns(self._model, self._verify, position, position + part.size)
+                self._model(part, self._cache, routes=routes[None], strategy=self._strategy)
+                mx.eval([layer.state for layer in self._cache])
+                mx.clear_cache()
+
+    def run(self, history: Sequence[int], wanted: int) -> Round:
+        """One round after ``history``, whose last token is not in the cache yet.
+
+        Fewer than ``wanted`` tokens are drafted where the draft's routes end.
+        """
+        start = self._cache[0].offset
+        drafts = wanted if self._draft.length is None else max(0, min(wanted, self._draft.length - start))
+        drafting = patterns(self._model, self._draft, start, start + drafts)
+        verifying = patterns(self._model, self._verify, start, start + drafts + 1)
+        shared = shared_layers(drafting, verifying[:-1])
+        with mx.stream(generation_stream):
+            before = mx.array([*history[:-1]] if self._processors else [], mx.uint32)
+            inputs, hidden, drafted = self._drafts(before, mx.array([[history[-1]]], mx.uint32), drafting, shared)
+            self._take_back(drafts, shared)
+            logprobs = self._verified(before, inputs, hidden, verifying, shared)
+            if drafts:
+                tokens = mx.concatenate(inputs[1:], axis=1)[0]
+                stands, instead = self._sampling.judge(mx.concatenate(drafted), tokens, logprobs)
+                found = mx.concatenate([stands.astype(mx.uint32), tokens, instead])
+            else:
+                found = self._sampling(logprobs)
+            read: Any = found.tolist()  # the round's only wait
+        accepted = (*read[:drafts], 0).index(0)
+        self._take_back(drafts - accepted)
+        chosen = [*read[drafts : drafts + accepted], read[2 * drafts + accepted]]
+        return Round(chosen, logprobs, drafts, *self._reads(start, drafting, verifying, shared))
+
+    def _drafts(
+        self, before: mx.array, last: mx.array, drafting: Routes, shared: int
+    ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
+        """One draft step for each pattern, from the ``last`` token ``[1, 1]`` and what was ``before`` it.
+
+        Returns:
+            The last token and the drafted ones, ``[1, 1]`` each; what the shared layers made of all but the last,
+            ``[1, 1, hidden]``; log-probabilities of the drafted ones, ``[1, vocab]``.
+        """
+        decoder = self._model.model
+        inputs, hidden, logprobs = [last], [], []
+        for pattern in drafting:
+            routes = self._plan(pattern[None])
+            h = decoder(decoder.embed_tokens(inputs[-1]), self._cache, routes, self._strategy, 0, shared)
+            out = decoder(h, self._cache, routes, self._strategy, shared)
+            hidden.append(h)
+            logprobs.append(self._logprobs(self._model.head(out), before, inputs))
+            inputs.append(self._sampling(logprobs[-1]).astype(mx.uint32)[None])
+            mx.async_eval(inputs[-1])  # the device works while the host builds the next step
+        return inputs, hidden, logprobs
+
+    def _verified(
+        self, before: mx.array, inputs: list[mx.array], hidden: list[mx.array], verifying: Routes, shared: int
+    ) -> mx.array:
+        """Log-probabilities ``[inputs, vocab]`` of what follows each of the inputs, by the verifying routes."""
+        decoder = self._model.model
+        last = decoder.embed_tokens(inputs[-1])
+        last = decoder(last, self._cache, self._plan(verifying[-1:]), self._strategy, 0, shared)
+        h = mx.concatenate([*hidden, last], axis=1) if hidden else last
+        out = decoder(h, self._cache, self._plan(verifying), self._strategy, shared)
+        return self._logprobs(self._model.head(out), before, inputs)
+
+    def _plan(self, routes: Routes) -> list[Any]:
+        """An entry a layer from ``routes [tokens, layers]``."""
+        tokens, layers = routes.shape
+        return list(conditional.plan(routes[None], 1, tokens, layers, self._strategy))
+
+    def _logprobs(self, logits: mx.array, before: mx.array, inputs: Sequence[mx.array]) -> mx.array:
+        """Log-probabilities ``[tokens, vocab]`` of ``logits [1, tokens, vocab]`` at the last of the inputs ``[1, 1]``.
+
+        Processors see what was ``before`` and the inputs up to each place.
+        """
+        rows = logits[0]
+        if self._processors:
+            seen = mx.concatenate([before, *(each[0] for each in inputs)])
+            first = len(seen) - len(rows) + 1
+            rows = mx.concatenate(
+                [self._processed(seen[: first + row], rows[row : row + 1]) for row in range(len(rows))]
+            )
+        return rows - mx.logsumexp(rows, axis=-1, keepdims=True)
+
+    def _processed(self, seen: mx.array, logits: mx.array) -> mx.array:
+        for processor in self._processors:
+            logits = processor(seen, logits)
+        return logits
+
+    def _take_back(self, tokens: int, start: int = 0) -> None:
+        """Drop the last ``tokens`` from the cache of the layers from ``start`` on."""
+        for layer in self._cache[start:]:
+            layer.trim(tokens)
+
+    def _reads(self, start: int, drafting: Routes, verifying: Routes, shared: int) -> tuple[int, int]:
+        """Bytes of weights, and of keys and values, that a round's passes after ``start`` positions read."""
+        rest = verifying.copy()
+        rest[:, :shared] = verifying[-1, :shared]  # the verifying pass has but its last token there
+        passes = [*drafting[:, None], rest]
+        table = cost.cache_bytes(self._model, start + 1 + len(drafting) // 2)  # in the middle of the round
+        layers = np.arange(rest.shape[1])
+        of_cache = sum(int(table.by_route[layers, routes].max(axis=0).sum()) for routes in passes)
+        return sum(map(self._bytes, passes)), of_cache
+
+
+def patterns(model: Model, policy: Policy, start: int, stop: int) -> Routes:
+    """A policy's routes at positions ``start`` to ``stop``, ``[stop - start, layers]``, as the model realises them."""
+    layers = model.args.num_hidden_layers
+    if start == stop:
+        return np.zeros((0, layers), np.uint8)
+    routes = model.args.realised(policy.routes(start, stop))
+    return np.broadcast_to(routes, (1, stop - start, layers))[0]
+
+
+def shared_layers(drafting: Routes, verifying: Routes) -> int:
+    """How many first layers have the same routes in both ``[tokens, layers]``; the last layer is never one of them."""
+    alike = (drafting == verifying).all(axis=0)[:-1]
+    return int(np.logical_and.accumulate(alike).sum()) if len(drafting) else 0
