@@ -65,10 +65,10 @@ from duo_mlx.study import sequence
 
 search_one = sequence.Searcher.sequence
 
-def until_it_is_lost(one, window, number):
+def until_it_is_lost(one, window, number, progress):
     if "lost" in arguments and number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return search_one(one, window, number)
+    return search_one(one, window, number, progress)
 
 sequence.Searcher.sequence = until_it_is_lost
 for arguments in json.loads(sys.argv[1]):
