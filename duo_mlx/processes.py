@@ -4,7 +4,8 @@ A process that ends before its time closes its connections, whatever ended it. T
 it, and end, too.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -73,17 +74,23 @@ class Processes:
         padded[: len(own)] = np.frombuffer(own, np.uint8)
         return [bytes(row[:size]) for row, size in zip(self._all(padded), sizes, strict=True)]
 
-    def agree(self, numbers: Sequence[int], failed: bool = False) -> set[int]:
-        """The numbers that rank 0 gives, in all processes.
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives rank 0, JSON's types alone, in all processes; the others do not call it.
 
         Raises:
-            DuoError: in the other processes, if rank 0 says that it failed.
+            DuoError: in the other processes, if rank 0 fails to make it.
         """
-        message = self.gather(np.array([failed, *numbers], np.int64).tobytes() if self.rank == 0 else b"")
-        failure, *agreed = np.frombuffer(message[0], np.int64).tolist()
-        if failure and self.rank:
+        message = b""
+        if self.rank == 0:
+            try:
+                message = json.dumps(make()).encode()
+            except BaseException:
+                self.gather(message)
+                raise
+        found = self.gather(message)[0]
+        if not found:
             raise DuoError("the first process gave up, and says why")
-        return set(agreed)
+        return json.loads(found)
 
     def _all(self, row: NDArray[Any]) -> NDArray[Any]:
         gathered = mx.distributed.all_gather(mx.array(row)[None], group=self._group, stream=mx.cpu)

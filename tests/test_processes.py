@@ -31,9 +31,13 @@ from duo_mlx.processes import Processes
 
 own = Processes()
 gathered = [own.gather(b"ab" * size * own.rank) for size in (3, 0, 300_000)]
-agreed = own.agree([7, 3, 7] if own.rank == 0 else [1])
+agreed = set(own.from_first(lambda: [7, 3, 7] if own.rank == 0 else [1]))
+
+def give_up():
+    raise DuoError("the first one's reason")
+
 try:
-    own.agree([], failed=True)
+    own.from_first(give_up)
     given_up = ""
 except DuoError as error:
     given_up = str(error)
@@ -135,18 +139,18 @@ def folders(tmp_path):
 
 def check_shared(lines, count):
     """What the processes of `SHARE` print."""
-    given_up = "the first process gave up, and says why"
+    given_up = ["the first one's reason", *["the first process gave up, and says why"] * (count - 1)]
     found = sorted(json.loads(line) for line in lines)
     gathered = [[b"ab" * size * rank for rank in range(count)] for size in (3, 0, 300_000)]
     checked = [[[len(each), zlib.crc32(each)] for each in row] for row in gathered]
-    assert found == [[rank, count, checked, [3, 7], given_up if rank else ""] for rank in range(count)]
+    assert found == [[rank, count, checked, [3, 7], given_up[rank]] for rank in range(count)]
 
 
 def test_a_single_process_needs_no_network():
     own = Processes()
     assert (own.rank, own.count) == (0, 1)
     assert own.gather(b"mine") == [b"mine"]
-    assert own.agree([2, 5]) == {2, 5} and own.agree([], failed=True) == set()
+    assert own.from_first(lambda: [2, 5]) == [2, 5] and own.from_first(list) == []
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
 from duo_mlx.processes import Processes
 from duo_mlx.study import table
@@ -57,7 +56,7 @@ def run(
     one = Searcher(model, question, tokens, max_memory)
     asked = asdict(question) | {"sequences": len(windows), "length": tokens}
     processes = Processes()
-    done = _begin(processes, out, asked, force)
+    done = set(processes.from_first(lambda: sorted(table.begin(out, asked, force))))
     started, todo = time.monotonic(), [number for number in range(len(windows)) if number not in done]
     for start in range(0, len(todo), processes.count):
         these = todo[start : start + processes.count]
@@ -85,18 +84,6 @@ def run(
     }
     table.finish(out, found, [limit.name for limit in one.limits], asked, summary)
     return summary
-
-
-def _begin(processes: Processes, out: Path, asked: dict[str, Any], force: bool) -> set[int]:
-    """The sequences that are done, as rank 0 finds them in the folder; all processes stop if it cannot be used."""
-    if processes.rank:
-        return processes.agree([])
-    try:
-        done = table.begin(out, asked, force)
-    except DuoError:
-        processes.agree([], failed=True)
-        raise
-    return processes.agree(sorted(done))
 
 
 def _packed(arrays: Arrays) -> bytes:

@@ -1,7 +1,5 @@
 """What the processes of a training run share: rank 0 reads and writes everything, and the others get it from there."""
 
-import json
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -10,28 +8,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
-from duo_mlx.errors import DuoError
 from duo_mlx.processes import Processes, in_touch
-
-
-def from_first(processes: Processes, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``make`` gives rank 0, JSON's types alone, in all processes.
-
-    Raises:
-        DuoError: in the other processes, if rank 0 fails to make it.
-    """
-    message = b""
-    if processes.rank == 0:
-        try:
-            message = json.dumps(make()).encode()
-        except BaseException:
-            processes.gather(message)
-            raise
-    found = processes.gather(message)[0]
-    if not found:
-        raise DuoError("the first process gave up, and says why")
-    shared: dict[str, Any] = json.loads(found)
-    return shared
 
 
 def shared(processes: Processes, array: NDArray[Any] | None, shape: tuple[int, ...]) -> NDArray[np.int32]:

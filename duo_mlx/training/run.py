@@ -52,7 +52,7 @@ class _Run:
     def run(self) -> dict[str, Any] | None:
         job, settings = self.job, self.job.settings
         settings.check(self.processes.count)
-        plan = parallel.from_first(self.processes, self._prepare)
+        plan = self.processes.from_first(self._prepare)
         args = ModelArgs.from_dict(plan["config"])
         stage = job.stage(args)
         model, now = self._model(args, stage, plan["types"])
@@ -117,7 +117,7 @@ class _Run:
                 now = self.folder.resumed(self.own.recipe, learned) or now
             return {"step": now.step, "before": now.before}
 
-        begin = parallel.from_first(self.processes, go_on)
+        begin = self.processes.from_first(go_on)
         kinds = (now.moments.learned, now.moments.first, now.moments.second)
         moments = Moments(*(parallel.same(self.processes, kind) for kind in kinds))
         mx.eval(model.parameters(), moments.arrays())
