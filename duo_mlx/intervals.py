@@ -1,6 +1,7 @@
 """How sure a figure is: bootstrap intervals over rounds, windows or sequences."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,10 +53,17 @@ def of_means(
         The figure of all rows and its interval; all NaN where it is not finite.
     """
     rows = len(values)
-    weights = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), draws) / rows
+    weights = _shares(rows, seed, draws)
     with np.errstate(divide="ignore", invalid="ignore"):
         whole, drawn = float(of(values.mean(axis=0, dtype=np.float64))), of(weights @ values.astype(np.float64))
     if not np.isfinite(whole):
         return Interval(*[float("nan")] * 3)
     low, high = np.quantile(drawn[np.isfinite(drawn)], BOUNDS)
     return Interval(whole, float(low), float(high))
+
+
+@lru_cache(maxsize=4)  # a study asks for hundreds of figures over the same rows
+def _shares(rows: int, seed: int, draws: int) -> NDArray[np.float64]:
+    """Which share of each draw every row has, ``[draws, rows]``."""
+    drawn: NDArray[np.float64] = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), draws) / rows
+    return drawn
