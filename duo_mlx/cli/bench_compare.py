@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from duo_mlx.cli.columns import aligned
+
 if TYPE_CHECKING:
     from duo_mlx.bench.compare import Comparison, Row
 
@@ -119,9 +121,8 @@ def _lines(sides: dict[str, dict[str, Any]], comparison: "Comparison") -> Iterat
             values = [f"{scale * value:.4g}" for value in (row.a, row.b)]
             rounds = "exact" if row.rounds is None else str(row.rounds)
             table.append((row.cell, *values, _change(row), rounds, _verdict(row)))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         yield ""
-        yield from ("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+        yield from aligned(table)
     yield ""
     if all_ := comparison.overall:
         what = f"TPOT over {all_.cell} (geometric mean): x{all_.b:.4g}"

@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from duo_mlx.cli.columns import aligned
+
 
 @click.command()
 @click.option("--model", metavar="DIR|HUB_ID", help="Check the FFNs of this model instead of made ones.")
@@ -53,9 +55,7 @@ def _print(found: dict[str, Any]) -> None:
         if not rows:
             return
         if console is None:
-            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-            padded = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-            click.echo("\n".join((title, *(f"  {line}" for line in padded), "")))
+            click.echo("\n".join((title, *(f"  {line}" for line in aligned(lines)), "")))
             return
         shown = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(columns))
         for row in rows:

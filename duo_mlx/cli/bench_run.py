@@ -1,12 +1,13 @@
 """``duo-mlx bench run``: what big, small and skip trade between latency, energy and quality, on this machine."""
 
-import re
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from duo_mlx.cli.typed import typed
 
 if TYPE_CHECKING:
     from duo_mlx.bench.grid import Grid
@@ -87,7 +88,7 @@ def command(path: str | None, revision: str | None, preset: str, against: str, m
     out = out or Path(f"bench-{subject.name.replace('/', '-')}-{preset}")
     question = suite.Question(
         _grid(preset, subject, options), against, options["prompts"], options["text"], _settings(preset, options),
-        command=_typed(sys.argv[1:]),
+        command=typed(),
     )  # fmt: skip
     chosen = choose(meter)
     try:
@@ -102,12 +103,6 @@ def command(path: str | None, revision: str | None, preset: str, against: str, m
         chosen.close()
     click.echo(markdown(result))
     click.echo(f"results in {out}; see them with duo-mlx bench report {shlex.quote(str(out))}", err=True)
-
-
-def _typed(arguments: list[str]) -> str:
-    """The command as it was typed; the home directory, which shells write out and which names its user, is ~ again."""
-    home = re.escape(str(Path.home()))
-    return re.sub(rf"(?<![\w./-]){home}(?![\w.-])", "~", shlex.join(["duo-mlx", *arguments]))
 
 
 def _grid(preset: str, subject: Any, options: dict[str, Any]) -> "Grid":

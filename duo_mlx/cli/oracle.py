@@ -1,11 +1,13 @@
 """``duo-mlx oracle``: for each token of a text, the routes that would have been best."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
+
+from duo_mlx.cli.columns import aligned
+from duo_mlx.cli.typed import typed
 
 PREFIXES = ("shared", "committed")
 
@@ -108,10 +110,9 @@ def command(
         controls,
         str(parse_method(method)),
     )
-    typed = shlex.join(["duo-mlx", *sys.argv[1:]])
     try:
         with shown() as progress:
-            found = search.run(model, windows, question, out, typed, max_memory << 20, progress, force)
+            found = search.run(model, windows, question, out, typed(), max_memory << 20, progress, force)
     except KeyboardInterrupt:
         click.echo(f"interrupted; {out} keeps the sequences that are done", err=True)
         sys.exit(130)
@@ -126,7 +127,5 @@ def _lines(found: dict[str, Any]) -> list[str]:
     rows = [("budget", *(name.replace("_", " ") for name in names))]
     for budget, of in found["budgets"].items():
         rows.append((budget, *("-" if of[name] is None else f"{of[name]:.4g}" for name in names)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     uniform = ", ".join(f"all {name} {loss:.4g}" for name, loss in found["uniform"].items())
-    return [f"nats a token: {uniform}", *table]
+    return [f"nats a token: {uniform}", *aligned(rows, left=0)]

@@ -1,13 +1,14 @@
 """``duo-mlx oracle claims``: what an oracle says of Duo-LLM's ten claims, without and with control."""
 
 import json
-import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from duo_mlx.cli.columns import aligned
+from duo_mlx.cli.typed import typed
 
 if TYPE_CHECKING:
     from duo_mlx.study.claims import Material, Run
@@ -110,7 +111,7 @@ def _record(material: "Material", stage1: Path | None, claims: "tuple[Claim, ...
 
     return {
         "schema": SCHEMA,
-        "command": shlex.join(["duo-mlx", *sys.argv[1:]]),
+        "command": typed(),
         "versions": {name: version(name) for name in ("duo-mlx", "mlx", "numpy")},
         "sources": {
             "oracle": _source(material.found),
@@ -137,8 +138,7 @@ def _lines(material: "Material", claims: "tuple[Claim, ...]") -> Iterator[str]:
     """The claims for people: a table of verdicts, and the sentences."""
     rows = [("", "without control", "with control", "claim")]
     rows += [(str(one.number), _verdict(one.without), _verdict(one.control), one.text) for one in claims]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    yield from ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    yield from aligned(rows)
     sequences, length = material.found.any["inputs"].shape
     yield ""
     yield f"{sequences} sequences of {length} tokens, {material.found.layers} layers; in brackets 95 % intervals"

@@ -1,12 +1,13 @@
 """``duo-mlx oracle difficulty``: which tokens gain from more compute, as an oracle's table shows it."""
 
-import shlex
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from duo_mlx.cli.columns import aligned
+from duo_mlx.cli.typed import typed
 
 if TYPE_CHECKING:
     from duo_mlx.intervals import Interval
@@ -100,7 +101,7 @@ def _record(found: "Found", budget: str, shown: "Study") -> dict[str, Any]:
     sequences, length = found.tables[budget]["inputs"].shape
     return {
         "schema": SCHEMA,
-        "command": shlex.join(["duo-mlx", *sys.argv[1:]]),
+        "command": typed(),
         "versions": {name: version(name) for name in ("duo-mlx", "mlx", "mlx-lm", "numpy")},
         "oracle": {name: found.summary.get(name) for name in KEPT} | {"sequences": sequences, "length": length},
         "budget": budget,
@@ -117,14 +118,14 @@ def _lines(found: "Found", budget: str, shown: "Study") -> Iterator[str]:
     yield "every gap is all small's loss less another, and so rises with all small's by arithmetic, too"
     yield ""
     gaps = shown.high_but_easy
-    yield from _table(
+    yield from aligned(
         [
             ("gap", "mean", "of the highest tenth of losses, below the median gap"),
             *((_words(name), _figure(shown.whole.means[name]), _figure(share)) for name, share in gaps.items()),
         ]
     )
     yield ""
-    yield from _table(
+    yield from aligned(
         [
             ("correlation", "with", "Pearson", "Spearman"),
             *((_words(e.a), _words(e.b), _figure(e.pearson), _figure(e.spearman)) for e in shown.correlations),
@@ -132,7 +133,7 @@ def _lines(found: "Found", budget: str, shown: "Study") -> Iterator[str]:
     )
     for title, groups in (("positions", shown.positions), ("next token", shown.classes)):
         yield ""
-        yield from _table([(title, "tokens", *map(_words, COLUMNS)), *map(_row, (*groups, shown.whole))])
+        yield from aligned([(title, "tokens", *map(_words, COLUMNS)), *map(_row, (*groups, shown.whole))])
     for title, examples in (
         ("a high loss (highest tenth) and a difficulty below the median:", shown.high_and_easy_examples),
         ("a middling loss and the highest difficulty:", shown.middling_but_difficult_examples),
@@ -140,7 +141,7 @@ def _lines(found: "Found", budget: str, shown: "Study") -> Iterator[str]:
         yield ""
         yield title if examples else f"{title} no token"
         if examples:
-            yield from _table([EXAMPLE, *map(_example, examples)])
+            yield from aligned([EXAMPLE, *map(_example, examples)])
 
 
 def _row(group: "Group") -> tuple[str, ...]:
@@ -171,8 +172,3 @@ def _figure(figure: "Interval") -> str:
 def _safe(text: Any) -> str:
     """On one line, with line breaks and what else is not to be printed escaped."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

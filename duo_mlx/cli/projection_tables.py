@@ -1,7 +1,9 @@
 """The tables of ``duo-mlx bench project``, from the object that its ``--json`` prints."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
+
+from duo_mlx.cli.columns import aligned
 
 SIDE_BY_SIDE = 3  # machines in one table of a model
 LEGEND = (
@@ -39,7 +41,7 @@ def _model(model: dict[str, Any]) -> Iterator[str]:
             work = f"{row['bytes'] / 1e6:.1f}", f"{row['dispatches']:.0f}", f"{row['waits']:.0f}"
             times = (_time(row["seconds"][machine]) for machine in machines)
             rows.append([row["strategy"], row["routes"], *work, *times])
-        yield from _table(rows, left=2)
+        yield from (f"  {line}" for line in aligned(rows, left=2))
     for machine, limit in model["smallest_module_bytes"].items():
         yield f"{machine}: leaving out less than {limit / 1e6:.2f} MB saves less than a dispatch"
 
@@ -72,7 +74,7 @@ def _shapes(shapes: list[dict[str, Any]], machine: str) -> Iterator[str]:
                 small["strategy"],
             ]
         )
-    yield from _table(rows, left=1)
+    yield from (f"  {line}" for line in aligned(rows, left=1))
     for bits in sorted({shape["bits"] for shape in shapes}):
         paying = [shape["name"] for shape in shapes if shape["bits"] == bits and shape["on"][machine]["small"]["pays"]]
         yield f"  half or more is kept at {bits} bits by: {', '.join(paying) or 'none of these'}"
@@ -85,14 +87,3 @@ def _prefill(shapes: list[dict[str, Any]]) -> Iterator[str]:
     yield "a slow GPU and a short wait to a fast GPU and a long wait:"
     for name, limits in {shape["name"]: shape["dense_beats_sorted_below_tokens"] for shape in shapes}.items():
         yield f"  {name:<14} {limits[0]:6.0f} to {limits[1]:6.0f}"
-
-
-def _table(rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:
-    """Aligned columns, the first ``left`` of them to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (
-            text.ljust(width) if column < left else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield ("  " + "  ".join(cells)).rstrip()

@@ -1,13 +1,14 @@
 """The options that every ``duo-mlx train`` has, and a run from what they say."""
 
 import math
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from duo_mlx.cli.typed import typed
 
 if TYPE_CHECKING:
     from duo_mlx.model import ModelArgs
@@ -157,7 +158,7 @@ def run(
         settings,
         stage,
         {"method": method} | {name: options[name] for name in RECIPE} | dict(own),
-        shlex.join(["duo-mlx", *sys.argv[1:]]),
+        typed(),
         model,
         sizes,
         resume=options["resume"],

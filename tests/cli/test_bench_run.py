@@ -15,6 +15,7 @@ from duo_mlx import conditional
 from duo_mlx.bench import figures, parts, results, rounds
 from duo_mlx.bench.figures import Effort
 from duo_mlx.cli import bench_run, main
+from duo_mlx.cli.typed import typed
 
 BRIEF = (
     "--prompt-tokens", "3", "--tokens", "2", "--rounds", "1", "--quality-tokens", "8", "--meter", "none",
@@ -111,12 +112,12 @@ def test_the_recorded_command_is_what_was_typed(run, quick, directory, text):
 ])  # fmt: skip
 def test_the_home_directory_is_not_recorded(monkeypatch, word, recorded):
     monkeypatch.setenv("HOME", "/home/zaphod")
-    assert bench_run._typed(["bench", "run", word]) == f"duo-mlx bench run {recorded}"
+    assert typed(["bench", "run", word]) == f"duo-mlx bench run {recorded}"
 
 
 def test_a_home_that_is_the_root_changes_nothing(monkeypatch):
     monkeypatch.setenv("HOME", "/")
-    assert bench_run._typed(["--out", "/data/x"]) == "duo-mlx --out /data/x"
+    assert typed(["--out", "/data/x"]) == "duo-mlx --out /data/x"
 
 
 def test_nobody_is_named_in_what_people_share(run, monkeypatch, tmp_path, directory, text):
