@@ -48,6 +48,12 @@ def fails(invoke: Callable[..., Result]) -> Callable[..., Result]:
 
 
 @pytest.fixture
+def as_typed(monkeypatch):
+    """The command line of the process is ``duo-mlx as typed``, whatever the tests were called with."""
+    monkeypatch.setattr(sys, "argv", ["duo-mlx", "as", "typed"])
+
+
+@pytest.fixture
 def text(tmp_path):
     """A text of 700 words that the tiny tokenizer knows."""
     file = tmp_path / "text.txt"

@@ -45,6 +45,7 @@ def arguments(oracle, saved):
     return (oracle("none", "2"), "--model", saved()[0])
 
 
+@pytest.mark.usefixtures("as_typed")
 def test_a_summary_and_the_same_figures_as_json(arguments, tmp_path):
     done = run(*arguments, "--out", tmp_path / "difficulty.json")
     assert done.exit_code == 0, done.output
@@ -53,7 +54,7 @@ def test_a_summary_and_the_same_figures_as_json(arguments, tmp_path):
     with np.load(arguments[0] / "tokens-none.npz") as table:
         gap, inputs, targets = (table[name] for name in ("difficulty", "inputs", "targets"))
     assert found["whole"]["means"]["difficulty"]["value"] == pytest.approx(gap.mean(), abs=1e-5)
-    assert found["command"].startswith("duo-mlx ") and found["versions"].keys() == {
+    assert found["command"] == "duo-mlx as typed" and found["versions"].keys() == {
         "duo-mlx", "mlx", "mlx-lm", "numpy",
     }  # fmt: skip
     assert (found["schema"], found["budget"]) == ("duo-mlx-difficulty/1", "none")
