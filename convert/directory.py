@@ -59,6 +59,7 @@ def convert(
     rope: str | None = None,
     dtype: str | None = None,
     default_route: str | None = None,
+    router_choices: str | None = None,
     graft: "Graft | None" = None,
     calibrate: Calibration | None = None,
     bits: Bits | None = None,
@@ -70,7 +71,8 @@ def convert(
     """Write the model directory ``destination`` from ``source``.
 
     Args:
-        source, config, revision, key_map, rope, dtype, default_route: see `duo_mlx.convert.source.open_source`.
+        source, config, revision, key_map, rope, dtype, default_route, router_choices: see
+            `duo_mlx.convert.source.open_source`.
         destination: it must not exist, unless ``force`` is given.
         graft: how to make a Duo of a dense model; its state is kept beside ``destination`` until that is there, so that
             a graft which was interrupted goes on. None: the source is a Duo.
@@ -106,6 +108,7 @@ def convert(
         rope=rope,
         dtype=dtype,
         default_route=default_route,
+        router_choices=router_choices,
     )
     found.check()
     refuse_overlap(found.checkpoint.source, destination)

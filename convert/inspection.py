@@ -185,6 +185,7 @@ def _problems(checkpoint: Checkpoint, tensors: Tensors, kind: str) -> list[str]:
         return ["it is quantised by MLX; a dense model is taken in float"]
     try:
         config = settings.settings(checkpoint.config, checkpoint.source)
+        config = settings.settle_router(config, None, tensors, checkpoint.source)
         tied = config.setdefault("tie_word_embeddings", "lm_head.weight" not in tensors)
         args = settings.dense_args(config) if kind == "dense" else ModelArgs.from_dict(config)
         tensors = settings.with_output_biases(checkpoint.config, checkpoint.source, plan.kept(tensors, tied))

@@ -9,7 +9,7 @@ difference is judged by what it does to the distribution, see `failures`.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,8 @@ from duo_mlx.convert.tensors import Tensors, to_torch
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.policies import RandomPolicy
-from duo_mlx.routes import Routes, parse_pattern
+from duo_mlx.router import LinearRouter, Router
+from duo_mlx.routes import Route, Routes, parse_pattern
 
 if TYPE_CHECKING:
     from duo_mlx.convert.reference import DuoModel
@@ -65,6 +66,9 @@ def measure(
 ) -> list[Parity]:
     """A Duo directory and the PyTorch reference for big, small, skip and random routes, on random tokens.
 
+    If there are routers, also for the routes of the reference's. The directory's must agree: as a decision may hang on
+    rounding, a route's logit may lag behind the largest one by the tolerance, relative to the layer's logits.
+
     Args:
         directory: the model directory.
         config: of the reference.
@@ -84,10 +88,36 @@ def measure(
     inputs = _inputs(model.args, batch, tokens, seed)
     fixed = {word: parse_pattern(word, layers) for word in ("big", "small", "skip")}
     drawn = {"random": RandomPolicy(layers, 0.4, 0.3, 0.3, seed).routes(0, inputs.shape[1], batch)}
-    return [
-        compare(name, _reference_logits(reference, inputs, routes), np.array(model(mx.array(inputs), routes=routes)))
-        for name, routes in (fixed | drawn).items()
-    ]
+    found = []
+    for name, routes in (fixed | drawn).items():
+        expected, _ = _run(reference, inputs, routes)
+        found.append(compare(name, expected, np.array(model(mx.array(inputs), routes=routes))))
+    return [*found, _by_router(reference, model, inputs)] if model.args.router_choices else found
+
+
+def _by_router(reference: "DuoModel", model: Model, inputs: NDArray[np.int64]) -> Parity:
+    expected, routes = _run(reference, inputs, None)
+    led = _Led(model.router(), routes)
+    row = compare("router", expected, np.array(model(mx.array(inputs), routes=led)))
+    worst = np.maximum(row.max_abs_difference, np.array(mx.stack(led.lags)).max())  # a NaN stays one
+    return replace(row, max_abs_difference=float(worst))
+
+
+class _Led(Router):
+    """Gives ``routes [batch, tokens, layers]``; ``lags`` say how far from them ``router`` is in each layer."""
+
+    def __init__(self, router: LinearRouter, routes: NDArray[np.integer]):
+        self.router, self.given = router, mx.array(routes)
+        self.rows = mx.array([router.choices.index(route) if route in router.choices else 0 for route in Route])
+        self.lags: list[mx.array] = []
+
+    def routes(self, layer: int, x: mx.array) -> mx.array:
+        logits = self.router.logits(layer, x)
+        given = self.given[..., layer].reshape(x.shape[:-1])
+        taken = mx.take_along_axis(logits, self.rows[given][..., None], axis=-1)
+        scale = mx.maximum(mx.abs(logits).max(), 1e-30)  # a router that was never trained says 0 to everything
+        self.lags.append((logits - taken).max() / scale)
+        return given
 
 
 def measure_quantised(directory: Path, batch: int = 2, tokens: int = 64, seed: int = 0) -> list[Parity]:
@@ -211,14 +241,16 @@ def _reference(config: dict[str, Any], weights: Tensors) -> "DuoModel":
     return reference
 
 
-def _reference_logits(reference: "DuoModel", inputs: NDArray[np.int64], routes: Routes) -> NDArray[np.floating]:
+def _run(
+    reference: "DuoModel", inputs: NDArray[np.int64], routes: Routes | None
+) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
+    """Logits and the routes that were taken; None: by the reference's routers."""
     import torch
 
+    given = None if routes is None else torch.from_numpy(routes.astype(np.int64))
     with torch.no_grad():
-        logits: NDArray[np.floating] = reference(
-            torch.from_numpy(inputs), torch.from_numpy(routes.astype(np.int64))
-        ).numpy()
-    return logits
+        logits, taken = reference.routed(torch.from_numpy(inputs), given)
+    return logits.numpy(), taken.numpy()
 
 
 def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

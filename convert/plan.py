@@ -86,7 +86,7 @@ def empty_model(args: ModelArgs) -> "Model":
 
 
 def expected_shapes(args: ModelArgs, dense: bool = False) -> dict[str, tuple[int, ...]]:
-    """The canonical names of a model's weights and their shapes; ``dense``: of one without small FFNs.
+    """The canonical names of a model's weights and their shapes; ``dense``: of one without small FFNs and routers.
 
     They are said here once more, in the model's order, because the model needs mlx-lm, which takes seconds to import.
 
@@ -108,6 +108,8 @@ def expected_shapes(args: ModelArgs, dense: bool = False) -> dict[str, tuple[int
         shapes |= _ffn_shapes(f"{prefix}.mlp{'' if dense else '.big'}", hidden, width, args.mlp_bias)
         if not dense and args.has_small(layer):
             shapes |= _ffn_shapes(f"{prefix}.mlp.small", hidden, small, args.mlp_bias or args.small_bias)
+        if not dense and args.router_choices:
+            shapes |= _linear(f"{prefix}.mlp.router", len(args.router_choices), hidden, args.router_bias)
         shapes |= {f"{prefix}.{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
     shapes["model.norm.weight"] = (hidden,)
     if not args.tie_word_embeddings:

@@ -2,8 +2,9 @@
 
 A decoder like Llama's in which each layer has two separate FFNs side by side, *big* and *small* (Duo-LLM, section
 "Model": "attention is shared"). For every token and layer a route says which of them the token meets: ``SKIP`` (0),
-``SMALL`` (1) or ``BIG`` (2). The state dict uses the canonical names: Hugging Face Llama's, with
-``model.layers.N.mlp.big.*`` and ``model.layers.N.mlp.small.*``.
+``SMALL`` (1) or ``BIG`` (2). Where nobody gives routes, each layer's router decides (stage 3, hard decisions). The
+state dict uses the canonical names: Hugging Face Llama's, with ``model.layers.N.mlp.big.*``,
+``model.layers.N.mlp.small.*`` and ``model.layers.N.mlp.router.*``.
 
 There is no KV cache, no kernel and no strategy here; a token's FFN runs on exactly the tokens that are routed to it.
 """
@@ -20,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SKIP, SMALL, BIG = 0, 1, 2
+LETTERS = "-sB"  # of the three in config.json
 
 
 @dataclass(frozen=True)
 class DuoConfig:
-    """Sizes of a Duo model; the keys are Hugging Face Llama's plus ``small_intermediate_size`` and ``skip_scope``."""
+    """Sizes of a Duo model; the keys are Hugging Face Llama's and those of a Duo."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -45,6 +47,8 @@ class DuoConfig:
     small_layers: Sequence[int] | None = None  # layers that have a small FFN; in the others small means big
     small_bias: bool = False  # whether small's projections have biases, whatever mlp_bias says of big's
     skip_scope: str = "ffn"  # what SKIP bypasses: "ffn", or "layer" (attention too; keys and values stay)
+    router_choices: str = ""  # the routes that a router's rows stand for, such as "sB"; empty: no routers
+    router_bias: bool = False  # whether a router adds a bias to its logits
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
@@ -142,13 +146,23 @@ class FFN(nn.Module):
 
 
 class DuoFFN(nn.Module):
-    """A big and a small FFN side by side; each runs on the tokens routed to it, skipped tokens get zeros."""
+    """A big and a small FFN side by side; each runs on the tokens routed to it, skipped tokens get zeros.
+
+    Where the configuration has ``router_choices`` there is a ``router``, too: ``[..., hidden]`` to a logit a choice.
+    """
 
     def __init__(self, config: DuoConfig, has_small: bool = True):
         super().__init__()
         bias = config.mlp_bias or config.small_bias
         self.big = FFN(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.small = FFN(config.hidden_size, config.small_intermediate_size, bias) if has_small else None
+        self.choices = [LETTERS.index(letter) for letter in config.router_choices]
+        if self.choices:
+            self.router = nn.Linear(config.hidden_size, len(self.choices), bias=config.router_bias)
+
+    def decide(self, x: Tensor) -> Tensor:
+        """Routes ``[batch, tokens]`` of ``x [batch, tokens, hidden]``; of equal logits the first counts."""
+        return torch.tensor(self.choices, device=x.device)[self.router(x).argmax(-1)]
 
     def forward(self, x: Tensor, routes: Tensor) -> Tensor:
         """``x [batch, tokens, hidden]``, ``routes [batch, tokens]`` -> ``[batch, tokens, hidden]``."""
@@ -170,12 +184,17 @@ class Layer(nn.Module):
         self.skips_attention = config.skip_scope == "layer"
         self.dropout = dropout
 
-    def forward(self, x: Tensor, angles: Tensor, routes: Tensor) -> Tensor:
-        attended = F.dropout(self.self_attn(self.input_layernorm(x), angles), self.dropout, self.training)
+    def forward(self, x: Tensor, angles: Tensor, routes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The layer's output ``[batch, tokens, hidden]`` and ``routes [batch, tokens]``; None: the router decides."""
+        normed = self.input_layernorm(x)
+        attended = F.dropout(self.self_attn(normed, angles), self.dropout, self.training)
         if self.skips_attention:  # the skipped token's keys and values were still there for later tokens
+            routes = self.mlp.decide(normed) if routes is None else routes
             attended = torch.where((routes == SKIP).unsqueeze(-1), torch.zeros_like(attended), attended)
         x = x + attended
-        return x + F.dropout(self.mlp(self.post_attention_layernorm(x), routes), self.dropout, self.training)
+        normed = self.post_attention_layernorm(x)
+        routes = self.mlp.decide(normed) if routes is None else routes
+        return x + F.dropout(self.mlp(normed, routes), self.dropout, self.training), routes
 
 
 class Decoder(nn.Module):
@@ -195,6 +214,9 @@ class DuoModel(nn.Module):
         super().__init__()
         if config.skip_scope not in ("ffn", "layer"):
             raise ValueError(f"skip_scope is {config.skip_scope!r}; it must be 'ffn' or 'layer'")
+        choices = config.router_choices
+        if len(choices) == 1 or len(set(choices) & set(LETTERS)) != len(choices):
+            raise ValueError(f"router_choices is {choices!r}; it must name two or three routes, such as 'sB'")
         self.config = config
         self.model = Decoder(config, dropout)
         if not config.tie_word_embeddings:
@@ -212,21 +234,30 @@ class DuoModel(nn.Module):
                 scale = (2 * self.config.num_hidden_layers) ** -0.5 if into_residual else 1.0
                 nn.init.normal_(parameter, std=std * scale)
 
-    def forward(self, tokens: Tensor, routes: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, routes: Tensor | None = None) -> Tensor:
         """Logits ``[batch, tokens, vocab]`` of ``tokens [batch, tokens]``.
 
         ``routes`` holds SKIP, SMALL or BIG: ``[layers]``, one pattern for all tokens, or ``[batch, tokens, layers]``.
+        None: the layers' routers decide.
         """
+        return self.routed(tokens, routes)[0]
+
+    def routed(self, tokens: Tensor, routes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the routes ``[batch, tokens, layers]`` that were taken."""
         layers = self.config.num_hidden_layers
-        if routes.shape not in ((layers,), (*tokens.shape, layers)):
+        if routes is None:
+            if not self.config.router_choices:
+                raise ValueError("give routes: the config has no router_choices, so there are no routers to decide")
+        elif routes.shape not in ((layers,), (*tokens.shape, layers)):
             raise ValueError(f"routes {tuple(routes.shape)} fit neither [{layers}] nor [batch, tokens, {layers}]")
-        routes = routes.expand(*tokens.shape, layers)
+        else:
+            routes = routes.expand(*tokens.shape, layers)
         positions = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
         angles = positions[:, None] * self.frequencies
-        x = self.model.embed_tokens(tokens)
+        x, taken = self.model.embed_tokens(tokens), []
         for index, layer in enumerate(self.model.layers):
-            x = layer(x, angles, routes[..., index])
+            x, route = layer(x, angles, None if routes is None else routes[..., index])
+            taken.append(route)
         x = self.model.norm(x)
-        if self.config.tie_word_embeddings:
-            return F.linear(x, self.model.embed_tokens.weight)
-        return self.lm_head(x)
+        logits = F.linear(x, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+        return logits, torch.stack(taken, dim=-1)

@@ -46,6 +46,7 @@ STRETCHED = ("llama3", "yarn")  # know the length of the first training
 WINDOW = 4096  # of mistral and qwen2 where the key is not there
 REPLACED = ("rope_parameters", "rope_scaling", "architectures", "auto_map")  # by other keys, or by nothing
 LAYER = re.compile(r"model\.layers\.\d+\.self_attn\.")
+ROUTER = re.compile(r"model\.layers\.\d+\.mlp\.router\.")
 
 
 def is_duo(config: Mapping[str, Any]) -> bool:
@@ -233,6 +234,41 @@ def settle_head(config: Mapping[str, Any], tensors: Tensors, source: Path) -> di
             '"tie_word_embeddings": false'
         )
     return {**config, "tie_word_embeddings": tied}
+
+
+def settle_router(config: Mapping[str, Any], choices: str | None, tensors: Tensors, source: Path) -> dict[str, Any]:
+    """The configuration with what routers among the canonical ``tensors`` need said.
+
+    Which row stands for which route, weights do not tell. ``choices`` say it in place of ``router_choices``; whether
+    there are biases (``router_bias``) is seen where nobody says.
+
+    Raises:
+        DuoError: ``choices`` of no router; a router is more than a linear map; its rows are not said, or otherwise.
+    """
+    routers = {name: tensor for name, tensor in tensors.items() if ROUTER.match(name)}
+    if choices and not routers:
+        raise DuoError(f"--router-choices {choices}: {source} has no router")
+    said = choices or config.get("router_choices")
+    for name, tensor in routers.items():
+        what = f"{source}: {tensor.name or name} {list(tensor.shape)}"
+        if not name.endswith((".router.weight", ".router.bias")):
+            raise DuoError(f"{what}: a router is one linear map a layer, with a weight and perhaps a bias")
+        if tensor.shape[:1] not in ((2,), (3,)):
+            raise DuoError(f"{what}: a router has two or three rows, one for each route")
+        fitting = {2: "sB", 3: "-sB"}[tensor.shape[0]]
+        if not said:
+            raise DuoError(
+                f"{what} is a router's and config.json has no router_choices; say which routes its rows stand for, in "
+                f"their order, such as --router-choices {fitting}"
+            )
+        if isinstance(said, str) and len(said) != tensor.shape[0]:
+            raise DuoError(
+                f"{what}: router_choices is {said!r}; it must name a route for each row, such as {fitting!r}"
+            )
+    result = {**config, "router_choices": choices} if choices else dict(config)
+    if config.get("router_bias") is None and any(name.endswith(".bias") for name in routers):
+        result["router_bias"] = True
+    return result
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

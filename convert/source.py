@@ -59,6 +59,7 @@ def open_source(
     rope: str | None = None,
     dtype: str | None = None,
     default_route: str | None = None,
+    router_choices: str | None = None,
 ) -> Source:
     """Open a checkpoint and see what it is.
 
@@ -68,7 +69,7 @@ def open_source(
         key_map: one of `duo_mlx.convert.keymaps.NAMES` or a file of rules; None: what the names look like.
         rope: the layout of q and k, one of `duo_mlx.convert.keymaps.LAYOUTS`; None: what goes with the names.
         dtype: of all weights, one of `duo_mlx.convert.tensors.DTYPES`; None: as stored.
-        default_route: goes into the configuration in place of what that says.
+        default_route, router_choices: go into the configuration in place of what that says.
 
     Raises:
         DuoError: it cannot be read or mapped, is not supported, or is not what ``graft`` says. What does not fit the
@@ -83,7 +84,7 @@ def open_source(
     tensors = plan.mapped(checkpoint.tensors, _key_map(key_map, rope, checkpoint, name), made, name)
     _check_kind(made, tensors, name, graft)
     tensors = settings.with_output_biases(checkpoint.config, name, tensors)
-    made = settings.settle_head(made, tensors, name)
+    made = settings.settle_head(settings.settle_router(made, router_choices, tensors, name), tensors, name)
     args = settings.dense_args(made) if graft else ModelArgs.from_dict(made)
     tensors = plan.kept(tensors, args.tie_word_embeddings)
     if dtype is not None:

@@ -45,6 +45,8 @@ class ModelArgs:
     small_bias: bool = False  # whether small's projections have biases, whatever mlp_bias says of big's
     skip_scope: str = "ffn"  # what SKIP bypasses: "ffn", or "layer" (attention too; keys and values are still written)
     router_choices: str = ""  # the routes that the layers' routers choose between, such as "sB"; empty: no routers
+    router_bias: bool = False  # whether a router adds a bias to its logits
+    router_offsets: tuple[tuple[float, float], ...] = ()  # see `duo_mlx.threshold`; what a measurement found
     default_route: str = "big"  # the pattern of a pass for which nobody gives routes
     best_patterns: tuple[KnownPattern, ...] = ()  # see `duo_mlx.budget`; what a measurement found
 
@@ -85,6 +87,9 @@ class ModelArgs:
             )
         if len(choices) == 1:
             raise DuoError(f"config.json: router_choices is {choices!r}; a router needs two or three routes")
+        if type(self.router_bias) is not bool:
+            raise DuoError(f"config.json: router_bias is {self.router_bias!r}; it must be true or false")
+        object.__setattr__(self, "router_offsets", _offsets(self.router_offsets))
         object.__setattr__(self, "best_patterns", _known_patterns(self.best_patterns, self.num_hidden_layers))
         try:
             parse_pattern(self.default_route, self.num_hidden_layers)
@@ -132,6 +137,20 @@ def _layer_numbers(given: Any, layers: int) -> tuple[int, ...]:
     if isinstance(given, list | tuple) and all(type(number) is int and 0 <= number < layers for number in given):
         return tuple(sorted(set(given)))
     raise DuoError(f"config.json: small_layers must be a list of layer numbers from 0 to {layers - 1}")
+
+
+def _offsets(given: Any) -> tuple[tuple[float, float], ...]:
+    wanted = "config.json: router_offsets must be a list of pairs, share of big and offset, both increasing"
+    try:
+        pairs = tuple((float(share), float(offset)) for share, offset in given)
+    except (TypeError, ValueError):
+        raise DuoError(wanted) from None
+    shares, offsets = ([pair[of] for pair in pairs] for of in (0, 1))
+    if any(sorted(set(each)) != each for each in (shares, offsets)):
+        raise DuoError(wanted)
+    if not all(0 <= share <= 1 and abs(offset) < math.inf for share, offset in pairs):
+        raise DuoError(f"{wanted}, with shares from 0 to 1")
+    return pairs
 
 
 def _known_patterns(given: Any, layers: int) -> tuple[KnownPattern, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_lm.generate import GenerationResponse, generate_step, generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from duo_mlx import budget
+from duo_mlx import budget, threshold
 from duo_mlx.conditional import check_strategy
 from duo_mlx.drafting import Lengths
 from duo_mlx.errors import DuoError
@@ -107,6 +107,8 @@ def policy_of(model: Model, route: str | None, seed: int = 0) -> Policy | Router
         return FixedPolicy(budget.best_pattern(model, spec))
     if spec == "router":
         return model.router()
+    if spec.startswith(threshold.PREFIX):
+        return model.router(threshold.offsets(model.args, spec))
     return parse_route(spec, model.args.num_hidden_layers, seed)
 
 

@@ -31,6 +31,13 @@ class RouterWeights(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.weight = mx.zeros((len(args.router_choices), args.hidden_size))
+        if args.router_bias:
+            self.bias = mx.zeros(len(args.router_choices))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Logits ``[..., choices]`` in float32 of normalised hidden states ``x [..., hidden]``."""
+        logits = (x @ self.weight.T).astype(mx.float32)
+        return logits + self.bias if "bias" in self else logits
 
 
 class BigOnlyFFN(nn.Module):
@@ -209,7 +216,9 @@ class Model(nn.Module):
         choices = [LETTERS.index(letter) for letter in self.args.router_choices]
         if not choices:
             raise DuoError("this model has no router: its config.json has no router_choices")
-        return LinearRouter([layer.mlp.router.weight for layer in self.layers], choices, offsets)
+        routers = [layer.mlp.router for layer in self.layers]
+        biases = [router.bias for router in routers] if self.args.router_bias else None
+        return LinearRouter([router.weight for router in routers], choices, offsets, biases)
 
     def fuse(self) -> None:
         """Decode with fewer and larger products; from then on the weights must not be changed. Numbers stay."""

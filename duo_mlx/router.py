@@ -44,23 +44,33 @@ class LinearRouter(Router):
     Args:
         weights: ``[choices, hidden]`` a layer.
         choices: the routes that the rows of the weights stand for.
-        offsets: added to the logits, ``[choices]``; what moves the threshold between routes.
+        offsets: added to the logits of every layer, ``[choices]``; what moves the threshold between routes.
+        biases: added to a layer's logits, ``[choices]`` a layer.
     """
 
-    def __init__(self, weights: Sequence[mx.array], choices: Sequence[int], offsets: mx.array | None = None):
+    def __init__(
+        self,
+        weights: Sequence[mx.array],
+        choices: Sequence[int],
+        offsets: mx.array | None = None,
+        biases: Sequence[mx.array] | None = None,
+    ):
         self.weights = list(weights)
         self.choices = tuple(int(choice) for choice in choices)
-        self.offsets = mx.zeros(len(self.choices)) if offsets is None else offsets.astype(mx.float32)
-        self._moves = offsets is not None
+        moved = mx.zeros(len(self.choices)) if offsets is None else offsets.astype(mx.float32)
+        self.offsets = [moved + bias for bias in biases] if biases else [moved] * len(self.weights)
+        self._moves = offsets is not None or bool(biases)
         self._columns = [weight.T for weight in self.weights]
         self._choices = mx.array(self.choices, mx.uint32)
         self._are_indices = self.choices == tuple(range(len(self.choices)))
 
-    def routes(self, layer: int, x: mx.array) -> mx.array:
+    def logits(self, layer: int, x: mx.array) -> mx.array:
+        """``[..., choices]`` of one layer from its normalised input ``x [..., hidden]``."""
         logits = x @ self._columns[layer]
-        if self._moves:
-            logits = logits.astype(mx.float32) + self.offsets
-        largest = mx.argmax(logits, axis=-1)
+        return logits.astype(mx.float32) + self.offsets[layer] if self._moves else logits
+
+    def routes(self, layer: int, x: mx.array) -> mx.array:
+        largest = mx.argmax(self.logits(layer, x), axis=-1)
         return largest if self._are_indices else self._choices[largest]
 
     def decide(
@@ -68,7 +78,7 @@ class LinearRouter(Router):
     ) -> tuple[mx.array, mx.array]:
         rows = h.size // h.shape[-1]
         if in_one_kernel and auto.router_refusal(h.shape[-1], len(self.choices), rows, h.dtype) is None:
-            return fused.decide(h, norm, self.weights[layer], self.offsets, self.choices)
+            return fused.decide(h, norm, self.weights[layer], self.offsets[layer], self.choices)
         return super().decide(layer, h, norm)
 
 

@@ -14,6 +14,8 @@ from mlx_lm.utils import dequantize_model
 from duo_mlx import conditional
 from duo_mlx.convert.reference import DuoConfig, DuoModel
 from duo_mlx.model import Model, ModelArgs
+from duo_mlx.router import Recorder
+from duo_mlx.routes import LETTERS
 
 TOLERANCE = 1e-4  # maximum absolute difference of fp32 logits
 LAYERS, VOCAB = 4, 32
@@ -176,6 +178,49 @@ def test_dense_gives_the_reference_gradients(pair, skip_scope, changes):
         np.testing.assert_allclose(np.array(found[name]), parameter.grad.numpy(), rtol=0, atol=1e-5, err_msg=name)
 
 
+def recorded(model, tokens):
+    """Logits, and the routes ``[batch, tokens, layers]`` that the model's own router took."""
+    recorder = Recorder(model.router())
+    logits = np.array(model(mx.array(tokens), routes=recorder))
+    return logits, np.stack([np.array(taken) for taken in recorder.taken], axis=-1)
+
+
+def routed(reference, tokens, routes=None):
+    with torch.no_grad():
+        logits, taken = reference.routed(torch.as_tensor(tokens), None if routes is None else torch.as_tensor(routes))
+    return logits.numpy(), taken.numpy()
+
+
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("choices", ["sB", "-B", "-sB", "Bs-"])
+def test_mlx_routes_as_the_reference_does(pair, choices, bias, skip_scope):
+    model, reference = pair(router_choices=choices, router_bias=bias, skip_scope=skip_scope)
+    tokens = np.random.default_rng(2).integers(0, VOCAB, (3, 40))
+    (found, routes), (expected, taken) = recorded(model, tokens), routed(reference, tokens)
+    np.testing.assert_array_equal(routes, taken)
+    assert set(np.unique(taken)) == {LETTERS.index(letter) for letter in choices}
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    with torch.no_grad():
+        np.testing.assert_array_equal(reference(torch.as_tensor(tokens)).numpy(), expected)
+
+
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+def test_a_router_where_there_is_no_small(pair, skip_scope):
+    model, reference = pair(router_choices="-sB", small_layers=[1, 2], skip_scope=skip_scope)
+    (found, routes), (expected, taken) = recorded(model, TOKENS), routed(reference, TOKENS)
+    np.testing.assert_array_equal(routes, taken)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("choices", ["sB", "Bs", "-sB", "B-s"])
+def test_of_equal_logits_the_first_counts(tiny_config, choices):
+    config = tiny_config(router_choices=choices)
+    model = Model(ModelArgs.from_dict(config))  # its routers are zeros
+    for taken in (recorded(model, TOKENS)[1], routed(reference_of(model, config), TOKENS)[1]):
+        assert (taken == LETTERS.index(choices[0])).all()
+
+
 # --- the reference alone -----------------------------------------------------------------------------------------
 
 
@@ -253,6 +298,29 @@ def test_routes_of_another_shape(pair, shape):
         logits_of(reference, TOKENS, np.ones(shape, np.int64))
 
 
+def test_routes_that_were_taken_give_the_same_again(pair):
+    _, reference = pair(router_choices="-sB")
+    logits, taken = routed(reference, TOKENS)
+    np.testing.assert_array_equal(logits_of(reference, TOKENS, taken), logits)
+    for routes in ROUTES.values():
+        logits, taken = routed(reference, TOKENS, routes)
+        np.testing.assert_array_equal(logits_of(reference, TOKENS, routes), logits)
+        np.testing.assert_array_equal(taken, np.broadcast_to(routes, taken.shape))
+
+
+def test_no_routes_and_no_router(pair):
+    _, reference = pair()
+    assert not any("router" in name for name in reference.state_dict())
+    with pytest.raises(ValueError, match="give routes: the config has no router_choices"):
+        reference(torch.as_tensor(TOKENS))
+
+
+@pytest.mark.parametrize("choices", ["B", "xB", "sBs"])
+def test_choices_that_are_none(tiny_config, choices):
+    with pytest.raises(ValueError, match=f"router_choices is '{choices}'; it must name two or three routes"):
+        DuoModel(DuoConfig.from_dict(tiny_config(router_choices=choices)))
+
+
 def test_a_scope_or_rope_that_it_does_not_know(tiny_config):
     with pytest.raises(ValueError, match="it must be 'ffn' or 'layer'"):
         DuoModel(DuoConfig.from_dict(tiny_config(skip_scope="attention")))
@@ -262,7 +330,8 @@ def test_a_scope_or_rope_that_it_does_not_know(tiny_config):
 
 def test_initialisation_follows_its_words(tiny_config):
     torch.manual_seed(0)
-    config = tiny_config(hidden_size=64, intermediate_size=128, attention_bias=True, num_hidden_layers=2)
+    router = {"router_choices": "-sB", "router_bias": True}
+    config = tiny_config(hidden_size=256, intermediate_size=128, attention_bias=True, num_hidden_layers=2, **router)
     model = DuoModel(DuoConfig.from_dict(config))
     model.initialise(std=0.02)
     for name, parameter in model.named_parameters():

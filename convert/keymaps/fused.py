@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from duo_mlx.convert.keymaps import routers
 from duo_mlx.convert.keymaps.base import collect, join, split, width
 from duo_mlx.convert.tensors import Tensor, Tensors
 
@@ -22,10 +23,11 @@ class Fused:
 
     def to_canonical(self, tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Tensor]:
         pieces: list[tuple[str, str, Tensor]] = []
+        router = routers.canonical(tensors)
         for name, tensor in tensors.items():
             match = FUSED.fullmatch(name)
             if match is None:
-                pieces.append((name, name, tensor))
+                pieces.append((name, router(name), tensor))
                 continue
             module, _, whole = match[2].rpartition(".")
             if whole == "qkv":

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from duo_mlx.convert.keymaps import routers
 from duo_mlx.convert.keymaps.base import Names, renamed
 from duo_mlx.convert.tensors import Tensor, Tensors
 
@@ -40,9 +41,10 @@ class Llama:
 
     def to_canonical(self, tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Tensor]:  # noqa: ARG002
         two = any(SMALL.fullmatch(name) for name in tensors)
+        router = routers.canonical(tensors)
 
         def canonical(name: str) -> str:
-            name = SMALL.sub(r"\1feed_forward.small.\2", name)
+            name = SMALL.sub(r"\1feed_forward.small.\2", router(name))
             return NAMES.canonical(PLAIN.sub(r"\1big.\2", name) if two else name)
 
         return renamed({name: tensor for name, tensor in tensors.items() if name != ROTARY}, canonical)

@@ -1,6 +1,7 @@
 """``duo-mlx convert``: any checkpoint becomes a model directory, and a model directory a PyTorch checkpoint."""
 
 import sys
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ LAYOUTS = ("half", "interleaved")
 NAMES = ("canonical", "llama", "fused")  # that an export can have
 BITS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (32, 64, 128)
+CHOICES = tuple("".join(routes) for count in (2, 3) for routes in permutations("-sB", count))  # of a router
 
 FILE = click.Path(path_type=Path)
 
@@ -31,6 +33,12 @@ FILE = click.Path(path_type=Path)
 @click.option("--rope", type=click.Choice(LAYOUTS), help="Layout of q and k.  [default: what goes with the names]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of all weights.  [default: as stored]")
 @click.option("--default-route", metavar="SPEC", help="What the model does when nobody says.")
+@click.option(
+    "--router-choices",
+    type=click.Choice(CHOICES),
+    metavar="ROUTES",
+    help="What its routers' rows stand for, such as sB.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would become what, and what does not fit; write nothing.")
 @click.option("--graft", is_flag=True, help="Make a Duo of a dense model: its FFNs are big, small ones are fitted.")
 @click.option("--calibrate", metavar="TEXT", multiple=True, type=FILE, help="UTF-8 text for --graft and measuring.")
@@ -101,7 +109,8 @@ def command(context: click.Context, /, source: str, destination: Path, **options
     click.echo(f"wrote {destination} (peak memory {_peak() / 1e9:.2f} GB)", err=True)
 
 
-READING = ("config", "revision", "key_map", "rope", "dtype", "default_route")  # options that say how to read SRC
+# options that say how to read SRC
+READING = ("config", "revision", "key_map", "rope", "dtype", "default_route", "router_choices")
 
 
 def _print_table(source: str, options: dict[str, Any]) -> None:
