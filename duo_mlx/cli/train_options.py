@@ -53,20 +53,23 @@ def routing(p_big: float, p_small: float, p_skip: float) -> Decorator:
     )  # fmt: skip
 
 
-def training(tokens: int, batch: int, lr: float, warmup: int, dropout: float) -> Decorator:
-    """How long and how fast, and the defaults of it."""
+def training(
+    tokens: int, batch: int, lr: float, warmup: int, dropout: float | None, decay: float = 0.1, length: int = 512
+) -> Decorator:
+    """How long and how fast, and the defaults of it; no dropout with None."""
+    dropping = click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=dropout, show_default=True,
+                            help="After attention and FFNs.")  # fmt: skip
     return _all(
         click.option("--tokens", type=COUNT, default=tokens, show_default=True, help="Training tokens in all."),
         click.option("--batch", type=COUNT, default=batch, show_default=True, help="Sequences a step."),
-        click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a sequence."),
+        click.option("--length", type=click.IntRange(2), default=length, show_default=True, help="Tokens a sequence."),
         click.option("--lr", type=RATE, default=lr, show_default=True, help="Learning rate after the warm-up."),
         click.option("--final-lr", type=SHARE, default=0.02, show_default=True, metavar="SHARE",
                      help="End of the cosine, as a share of --lr."),
         click.option("--warmup", type=click.IntRange(0), default=warmup, show_default=True, help="Steps."),
-        click.option("--weight-decay", type=click.FloatRange(0), default=0.1, show_default=True, help="Of matrices."),
+        click.option("--weight-decay", type=click.FloatRange(0), default=decay, show_default=True, help="Of matrices."),
         click.option("--clip", type=RATE, default=1.0, show_default=True, help="Norm of the gradients at most."),
-        click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=dropout, show_default=True,
-                     help="After attention and FFNs."),
+        *([] if dropout is None else [dropping]),
         click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
                      help="Of weights, windows, routes and dropout."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
@@ -157,7 +160,7 @@ def run(
         options["out"],
         settings,
         stage,
-        {"method": method} | {name: options[name] for name in RECIPE} | dict(own),
+        {"method": method} | {name: options[name] for name in RECIPE if name in options} | dict(own),
         typed(),
         model,
         sizes,

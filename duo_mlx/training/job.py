@@ -1,12 +1,16 @@
 """What a training run is asked to do, and who is told how it goes."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from duo_mlx.model import ModelArgs
+import numpy as np
+from numpy.typing import NDArray
+
+from duo_mlx.model import Model, ModelArgs
 from duo_mlx.training.data import Question
+from duo_mlx.training.optimizer import Arrays
 from duo_mlx.training.stage import Stage
 from duo_mlx.training.start import Sizes
 from duo_mlx.training.trainer import Settings
@@ -31,6 +35,8 @@ class Job:
         resume: go on in ``out``.
         stop_at: a step to stop at, with a checkpoint.
         final_windows: windows that are validated at the end; None: all.
+        config: what is put over the configuration of ``model``.
+        settle: ends the training, see `Settle`.
     """
 
     method: str
@@ -47,6 +53,13 @@ class Job:
     resume: bool = False
     stop_at: int | None = None
     final_windows: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    settle: "Settle | None" = None
+
+
+# From the trained model, what it has learned and training windows [windows, length]: what is kept of what was learned,
+# and of config.json's keys those that follow from it.
+Settle = Callable[[Model, Arrays, NDArray[np.int32]], tuple[Arrays, dict[str, Any]]]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ these groups differ from step to step, so a step is not compiled: on a CPU ``den
 takes 0.31, and compiles for 39 s (6 layers of the embedded model's width, 512 tokens).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 from duo_mlx import conditional
 from duo_mlx.llama_parts import Rotation
 from duo_mlx.model import Layer, Model
-from duo_mlx.routes import Routes
+from duo_mlx.routes import Route, Routes
 
 BRANCHES = 2  # of a layer into the residual stream: attention and FFN
 STRATEGY = "sorted"
 
 Keys = NDArray[np.uint32]  # of random numbers, [sequences, layers, branches, 2]
+# from a layer and what its router sees, [sequences, length, hidden], to weights [sequences, length, choices] and
+# something else, [sequences]
+Weigh = Callable[[Layer, mx.array], tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,30 @@ class Passes:
             h = (nn.utils.checkpoint(layer, step) if self.recompute else step)(h)
         return model.head(decoder.norm(h)).astype(mx.float32)
 
+    def mixture(
+        self, model: Model, tokens: mx.array, choices: Sequence[int], weigh: Weigh
+    ) -> tuple[mx.array, mx.array]:
+        """Logits ``[sequences, length, vocab]`` where each layer adds a weighted sum of its modules' outputs.
+
+        Args:
+            model: a Duo.
+            tokens: ids ``[sequences, length]``, at least two of a sequence.
+            choices: the routes that have weights.
+            weigh: gives a layer's weights ``[sequences, length, choices]``, see `Weigh`.
+
+        Returns:
+            The logits in float32, and what ``weigh`` found beside the weights, ``[layers, sequences]``.
+        """
+        decoder, layers, found = model.model, model.layers, []
+        h = decoder.embed_tokens(tokens)
+        masks = decoder.masks(h, [None] * len(layers))
+        rotate = layers[0].self_attn.rotation(tokens.shape[1], None)
+        for layer in layers:
+            step = _mixed(layer, masks[layer.use_sliding], rotate, tuple(choices), weigh)
+            h, beside = (nn.utils.checkpoint(layer, step) if self.recompute else step)(h)
+            found.append(beside)
+        return model.head(decoder.norm(h)).astype(mx.float32), mx.stack(found)
+
     def _through(
         self, layer: Layer, mask: mx.array | str | None, rotate: Rotation, route: Any, keys: mx.array
     ) -> Callable[[mx.array], mx.array]:
@@ -83,6 +110,31 @@ class Passes:
             return values
         kept = mx.vmap(lambda key: mx.random.bernoulli(1 - self.dropout, values.shape[1:], key))(keys)
         return mx.where(kept, values / (1 - self.dropout), mx.zeros((), values.dtype))
+
+
+def _mixed(
+    layer: Layer, mask: mx.array | str | None, rotate: Rotation, choices: tuple[int, ...], weigh: Weigh
+) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
+    """One layer of a mixture as a function of its input."""
+
+    def through(x: mx.array) -> tuple[mx.array, mx.array]:
+        normed = layer.input_layernorm(x)
+        attended = layer.self_attn(normed, mask, None, rotate)
+        if layer.skips_attention:
+            weights, beside = weigh(layer, normed)
+            if Route.SKIP in choices:
+                attended = attended * (1 - weights[..., choices.index(Route.SKIP), None])
+        h = x + attended
+        normed = layer.post_attention_layernorm(h)
+        if not layer.skips_attention:
+            weights, beside = weigh(layer, normed)
+        for number, choice in enumerate(choices):
+            if choice != Route.SKIP:
+                module = layer.mlp.big if choice == Route.BIG else layer.mlp.small
+                h = h + weights[..., number, None] * module(normed)
+        return h, beside
+
+    return through
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:

@@ -53,7 +53,7 @@ def _prepare(job: Job, folder: Folder, watch: Watch) -> Prepared:
     if folder.checkpoint.exists():
         state.refuse_other(folder.checkpoint, recipe)
     if job.model is not None:
-        config, weights = start.weights_of(job.model)
+        config, weights = start.weights_of(job.model, job.config)
         limit, length = config.get("max_position_embeddings"), job.settings.length
         if limit is not None and length > limit:
             raise DuoError(f"--length {length}: the model's context is {limit}")
@@ -65,8 +65,12 @@ def _prepare(job: Job, folder: Folder, watch: Watch) -> Prepared:
         model = Model(ModelArgs.from_dict(config))
         weights = start.initialised(model, job.settings.seed)
         weights = {name: each.astype(job.settings.dtype) for name, each in weights.items()}
-    if not any(map(job.stage(ModelArgs.from_dict(config)).learns, weights)):
+    learn = list(filter(job.stage(ModelArgs.from_dict(config)).learns, weights))
+    if not learn:
         raise DuoError(f"{job.model}: has nothing that learns here, such as small FFNs")
+    if not all(".mlp.router." in name for name in learn):
+        for measured in ("best_patterns", "router_offsets"):  # on the weights before
+            config.pop(measured, None)
     read = data.open_data(job.question, folder.tokens, config["vocab_size"], watch.stage("checking tokens"))
     read.check(job.settings.length)
     return Prepared(recipe, config, weights, read)

@@ -26,6 +26,8 @@ from duo_mlx.training.stage import Stage
 from duo_mlx.training.state import State
 from duo_mlx.training.trainer import LossError, Row, Trainer
 
+SETTLED = 16  # windows that a job's `settle` is given
+
 
 def run(job: Job, watch: Watch | None = None) -> dict[str, Any] | None:
     """Train, or go on training, and give what training.json holds.
@@ -81,8 +83,12 @@ class _Run:
             self.watch.note(f"stopped at step {now.step} of {steps}; --resume goes on")
             return None
         learned = {name: each.astype(start.TYPES[plan["types"][name]]) for name, each in now.moments.learned.items()}
+        learned, follows = self._settle(trainer, learned)
         found = trainer.validate(learned, final)
-        return self._finish(self.own, model, stage, now.before, learned, found, len(final)) if self.own else None
+        if not self.own:
+            return None
+        self.own.config.update(follows)
+        return self._finish(self.own, model, stage, now.before, learned, found, len(final))
 
     def _prepare(self) -> dict[str, Any]:
         """What the other processes need to know of what rank 0 prepares."""
@@ -122,6 +128,25 @@ class _Run:
         moments = Moments(*(parallel.same(self.processes, kind) for kind in kinds))
         mx.eval(model.parameters(), moments.arrays())
         return model, State(begin["step"], moments, begin["before"])
+
+    def _settle(self, trainer: Trainer, learned: Arrays) -> tuple[Arrays, dict[str, Any]]:
+        """What is kept of what was learned, in all processes, and the keys of config.json that follow from it."""
+        settle, kept = self.job.settle, learned
+        if settle is None:
+            return learned, {}
+
+        def follows() -> dict[str, Any]:
+            nonlocal kept
+            assert self.own
+            data, length = self.own.data.train, self.job.settings.length
+            starts = np.linspace(0, len(data) - length, SETTLED).astype(np.int64)
+            windows = np.stack([data[begin : begin + length] for begin in starts]).astype(np.int32)
+            kept, found = settle(trainer.model, learned, windows)
+            return found
+
+        trainer.use(learned)
+        found: dict[str, Any] = self.processes.from_first(follows)
+        return parallel.same(self.processes, kept), found
 
     def _keep(self, now: State, row: Row) -> None:
         if self.own:
@@ -164,7 +189,7 @@ class _Run:
                 new.write_bytes(plot.losses(self.folder.rows(), stage.text_losses))
         else:
             self.watch.note(f"no {self.folder.plot.name} without matplotlib: pip install 'duo-mlx[plot]'")
-        rest = start.weights_of(job.model)[1] if job.model is not None else {}
+        rest = start.weights_of(job.model, job.config)[1] if job.model is not None else {}
         self.folder.finish(own.config, rest | learned, record)
         return record
 

@@ -1,5 +1,6 @@
 """What training starts from: a new model's weights, or those of a model directory."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,10 @@ def initialised(model: Model, seed: int) -> dict[str, mx.array]:
     return found
 
 
-def weights_of(directory: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+def weights_of(directory: Path, changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """The configuration and the weights, unread, of a model directory to train.
 
-    Best patterns are left out of the configuration: they were measured on the weights before.
+    ``changes`` are put over the configuration. Parameters that it has only by them begin with zeros.
 
     Raises:
         DuoError: it is no Duo model, or a quantised one.
@@ -82,8 +83,12 @@ def weights_of(directory: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
             f"{directory}: is quantised; train the model in floating point and quantise the result with convert --bits"
         )
     weights = checkpoint.parameters(checkpoint.read_model(directory))
-    kept = {key: value for key, value in config.items() if key not in ("best_patterns", "quantization_config")}
-    return kept, weights
+    changed = {key: value for key, value in (config | dict(changes)).items() if key != "quantization_config"}
+    if changes:
+        shapes = checkpoint.parameters(Model(ModelArgs.from_dict(changed)))
+        same = {name: each for name, each in weights.items() if name in shapes and each.shape == shapes[name].shape}
+        weights = {name: same.get(name, mx.zeros(each.shape)) for name, each in shapes.items()}
+    return changed, weights
 
 
 def learn(model: Model, names: set[str]) -> None:

@@ -189,7 +189,7 @@ class Trainer:
         """The loss of all processes' windows and its gradients, unevaluated where other processes take part."""
 
         def loss_of(learned: Arrays, part: slice) -> mx.array:
-            self._use(learned)
+            self.use(learned)
             these = {name: each[part] for name, each in drawn.items()}
             return self.stage.loss(self.model, mx.array(windows[part]), these).sum() / len(windows)
 
@@ -205,7 +205,7 @@ class Trainer:
 
     def validate(self, learned: Arrays, starts: NDArray[np.int64]) -> dict[str, float]:
         """The mean of what the stage measures over the windows that begin there, by name; in all processes."""
-        self._use(learned)
+        self.use(learned)
         length, rank, count = self.settings.length, self.processes.rank, self.processes.count
         sums = np.zeros(len(self.stage.columns))
         for first in range(0, len(starts), ROWS * count):
@@ -224,6 +224,6 @@ class Trainer:
         """``count`` validation windows at equal distances, or all if there are fewer."""
         return self.starts[np.linspace(0, len(self.starts) - 1, min(count, len(self.starts))).astype(np.int64)]
 
-    def _use(self, learned: Arrays) -> None:
+    def use(self, learned: Arrays) -> None:
         """Hand the parameters to the model, in the type of the passes."""
         self.model.update(tree_unflatten([(name, each.astype(self.settings.dtype)) for name, each in learned.items()]))

@@ -1,0 +1,96 @@
+"""A router that learns what big is worth: in nats, for each token and layer, from passes alone.
+
+Two passes read the same text, each with routes of its own, drawn at random. What the losses of a token differ by is
+what its routes differ by: the router's logits are fitted, by least squares, to be the parts that add up to it,
+
+    loss(b) - loss(a)  =  sum over layers of  logit(a's route) - logit(b's route).
+
+So the difference of a layer's two logits is an estimate of big's gain there, averaged over what other layers do.
+Nothing has to go backwards through the model. A budget is met by the threshold that the gains are compared with, one
+for all layers, and any budget by the same router (`duo_mlx.threshold`).
+
+The loss is that of the true next token or, with ``target: big``, its mean over the next tokens that all big expects:
+the same gain on average if all big were right, without the luck of which token came.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import mlx.core as mx
+import numpy as np
+
+from duo_mlx.model import Model
+from duo_mlx.router import Router
+from duo_mlx.routes import Route, Routes
+from duo_mlx.training.routers import RouterLearns
+from duo_mlx.training.routing import VALIDATION
+from duo_mlx.training.stage import Drawn, randomness
+
+TARGETS = ("text", "big")
+
+
+class Follow(Router):
+    """Takes routes that are given, ``[batch, tokens, layers]``, and keeps what it saw, ``inputs``, one a layer."""
+
+    def __init__(self, given: Routes):
+        self.given = mx.array(given)
+        self.inputs: list[mx.array] = []
+
+    def routes(self, layer: int, x: mx.array) -> mx.array:
+        self.inputs.append(x)
+        return self.given[..., layer]
+
+
+@dataclass(frozen=True)
+class Gains(RouterLearns):
+    """Args beside those of `RouterLearns`:
+
+    target: whose next tokens count, one of `TARGETS`.
+    """
+
+    target: str
+
+    columns: ClassVar[tuple[str, ...]] = ("hard", "share", "squared_error", "explained")
+    text_losses: ClassVar[tuple[str, ...]] = ("hard",)
+
+    def draw(self, random: np.random.Generator, length: int, step: int) -> Drawn:  # noqa: ARG002
+        """Two passes' routes ``[2, length, layers]``: big with the budget's probability, else any other choice."""
+        big = random.random((2, length, self.layers)) < self.budget
+        others = np.array([choice for choice in self.choices if choice != Route.BIG], np.uint8)
+        return {"routes": np.where(big, np.uint8(Route.BIG), random.choice(others, big.shape))}
+
+    def loss(self, model: Model, windows: mx.array, drawn: Drawn) -> mx.array:
+        wanted, found = self._differences(model, windows, drawn["routes"])
+        return mx.square(wanted - found).mean(axis=-1)
+
+    def measure(self, model: Model, windows: mx.array, first: int) -> dict[str, mx.array]:
+        """``explained`` is the share of the differences' squares that the router explains."""
+        length = windows.shape[1] - 1
+        drawn = [self.draw(randomness(self.seed, VALIDATION, first + row), length, 0) for row in range(len(windows))]
+        wanted, found = self._differences(model, windows, np.stack([each["routes"] for each in drawn]))
+        missed, whole = (mx.square(each).mean(axis=-1) for each in (wanted - found, wanted))
+        return self.hard(model, windows) | {"squared_error": missed, "explained": 1 - missed / whole}
+
+    def _differences(self, model: Model, windows: mx.array, routes: Routes) -> tuple[mx.array, mx.array]:
+        """What two passes' losses differ by, and what the router says, ``[sequences, length]``."""
+        tokens, router = windows[:, :-1], model.router()
+        expected = self._expected(model, windows)
+        losses, sums = [], []
+        for which in range(2):
+            follow = Follow(routes[:, which])
+            logits = model(tokens, routes=follow, strategy="sorted").astype(mx.float32)
+            losses.append(mx.logsumexp(logits, axis=-1) - expected(logits))
+            said = [
+                (router.logits(layer, mx.stop_gradient(x)) * self.one_hot(follow.given[..., layer])).sum(axis=-1)
+                for layer, x in enumerate(follow.inputs)
+            ]
+            sums.append(mx.stack(said).sum(axis=0))
+        return mx.stop_gradient(losses[1] - losses[0]), sums[0] - sums[1]
+
+    def _expected(self, model: Model, windows: mx.array):  # type: ignore[no-untyped-def]
+        """What gives the logit of the next token, or its mean over those that all big expects."""
+        if self.target == "text":
+            return lambda logits: mx.take_along_axis(logits, windows[:, 1:, None], axis=-1)[..., 0]
+        big = model(windows[:, :-1], routes=[Route.BIG] * self.layers).astype(mx.float32)
+        weights = mx.stop_gradient(mx.softmax(big, axis=-1))
+        return lambda logits: (weights * logits).sum(axis=-1)
