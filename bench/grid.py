@@ -13,10 +13,12 @@ from duo_mlx.bench.budget import evenly_spaced
 from duo_mlx.errors import DuoError
 from duo_mlx.model import ModelArgs
 from duo_mlx.routes import Route, format_pattern, parse_pattern
+from duo_mlx.threshold import PREFIX
 
 DUO, PEER = "duo-mlx", "mlx-lm"
 UNIFORM = ("big", "small", "skip")
 STORED = 0  # bits that mean: as the model is stored
+SHARES = (0.25, 0.5, 0.75)  # of big, for a router whose threshold was measured
 STEPS = 12  # intervals of the number of big layers in a deep model
 PROMPT, LONG, GENERATED = 64, 256, 32  # tokens
 CONTEXTS = (256, 1024, 4096)  # tokens before the prompt, as far as the model has room
@@ -104,9 +106,16 @@ def _paper(args: ModelArgs) -> Grid:
     turns = ["".join("B-"[layer % 2] for layer in range(layers)), "".join("Bs-"[layer % 3] for layer in range(layers))]
     known = [f"budget:{count}" for count in _quarters(layers) if count >= _cheapest(args)]
     random = ["random:0.5,0.5,0", "random:0.5,0.25,0.25"]
-    router = ["router"] if args.router_choices else []
-    routes = dict.fromkeys(["big", *between, "small", "skip", *turns, *known, *random, *router])
+    routes = dict.fromkeys(["big", *between, "small", "skip", *turns, *known, *random, *_by_router(args)])
     return Grid(tuple(routes), contexts=(0, *_depths(args, PROMPT + GENERATED)))
+
+
+def _by_router(args: ModelArgs) -> list[str]:
+    """The model's own router, as it is and at the shares of big that its threshold can be moved to."""
+    if not args.router_choices:
+        return []
+    reach = [share for share, _ in args.router_offsets]
+    return ["router", *(f"{PREFIX}{share:g}" for share in SHARES if reach and reach[0] <= share <= reach[-1])]
 
 
 def _full(args: ModelArgs) -> Grid:

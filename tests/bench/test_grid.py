@@ -17,6 +17,7 @@ FALLING = [{"pattern": "B" * big + "s" * (12 - big), "loss": 4.0 - big / 12} for
 SHAPES = {
     "plain": {},
     "12 layers": {"num_hidden_layers": 12, "router_choices": "sB", "best_patterns": FALLING},
+    "a measured router": {"router_choices": "sB", "router_offsets": [[0.1, -1.0], [0.6, 1.0]]},
     "30 layers": {"num_hidden_layers": 30},
     "3 layers": {"num_hidden_layers": 3},
     "a short context": {"num_hidden_layers": 12, "max_position_embeddings": 400, "router_choices": "-sB"},
@@ -93,6 +94,15 @@ def test_presets_fit_the_embedded_model(preset):
     found = grid.preset(preset, args)
     grid.check(found.groups("float32", peer=True), args)
     assert {"quick": (0,), "paper": (0, 256), "full": (0,)}[preset] == found.contexts
+
+
+def test_a_router_is_measured_at_the_shares_within_its_reach(args):
+    def routes(**changes):
+        return [route for route in grid.preset("paper", args(**changes)).routes if route.startswith("router")]
+
+    reach = [[0.1, -1.0], [0.6, 1.0]]
+    assert routes(router_choices="sB", router_offsets=reach) == ["router", "router:0.25", "router:0.5"]
+    assert routes(router_choices="sB") == ["router"] and routes() == []
 
 
 def test_paper_spends_every_number_of_big_layers_where_there_are_few(args):
