@@ -1,7 +1,7 @@
 """What a run trains on and is validated on: token files, made once from texts, and windows of them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from duo_mlx.errors import DuoError
 from duo_mlx.files import output_file, write_text
 from duo_mlx.training import texts, tokens
+from duo_mlx.training.texts import Piece
 from duo_mlx.training.tokens import SUFFIX, Ids
 
 TRAIN, HELD_OUT, RECORD = f"train{SUFFIX}", f"held_out{SUFFIX}", "tokens.json"
@@ -24,7 +25,7 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
 
-    def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]: ...
+    def encode(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,8 @@ def tokenise(
     ):
         for file in question.files:
             between = [counts[0] > 0, False]  # whether a document of the stream ended before
-            for piece in texts.pieces(file, question.key, question.held_out):
+            for piece, ids in _encoded(texts.pieces(file, question.key, question.held_out), tokenizer):
                 which = int(piece.held_out)
-                ids = tokenizer.encode(piece.content, add_special_tokens=False, verbose=False)
                 ids = [*joint, *ids] if between[which] else ids
                 (train, held_out)[which](ids)
                 counts[which] += len(ids)
@@ -152,6 +152,13 @@ def tokenise(
     record = {"ends": ends, "held_out_bytes": held_out_bytes, "tokens": counts, "recipe": recipe}
     with output_file(folder / RECORD, force=True) as new:
         write_text(new, json.dumps(record, indent=2) + "\n")
+
+
+def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, list[int]]]:
+    """The pieces with their ids; a batch of them is encoded at once, by several threads."""
+    for batch in texts.batches(pieces):
+        ids = tokenizer.encode([piece.content for piece in batch], add_special_tokens=False, verbose=False)
+        yield from zip(batch, ids, strict=True)
 
 
 def made(folder: Path, recipe: dict[str, Any]) -> bool:

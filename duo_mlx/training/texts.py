@@ -5,7 +5,7 @@ The end of every text is held out for validation: a share of its characters, or 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -13,7 +13,8 @@ from typing import TextIO
 from duo_mlx.errors import DuoError
 
 JSONL = (".jsonl", ".ndjson")
-BLOCK = 1 << 20  # characters that are in memory, and are encoded, at once
+BLOCK = 1 << 20  # characters of a document that are in memory, and are encoded, at once
+BATCH, DOCUMENTS = 1 << 18, 1 << 10  # characters and pieces that fill a batch
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,20 @@ def pieces(file: Path, key: str, share: float) -> Iterator[Piece]:
         raise DuoError(f"{file}: is not UTF-8 text") from None
     if not found:
         raise DuoError(f"{file}: holds no text")
+
+
+def batches(found: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """The pieces in batches that are encoded at once; one ends with the piece that fills it."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in found:
+        batch.append(piece)
+        size += len(piece.content)
+        if size >= BATCH or len(batch) == DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _running(file: Path, _: str, share: float) -> Iterator[Piece]:

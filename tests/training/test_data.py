@@ -1,6 +1,7 @@
 """Texts become token files: what is held out, where documents join, what cannot be trained on, and how much memory."""
 
 import json
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -22,8 +23,12 @@ class Words:
     def __init__(self, eos=None):
         self.eos_token_id = eos
 
-    def encode(self, text, *, add_special_tokens, verbose):
+    def encode(self, texts, *, add_special_tokens, verbose):
         assert not add_special_tokens and not verbose
+        return [self.ids(text) for text in texts]
+
+    @staticmethod
+    def ids(text):
         return [int(word) for word in text.split()]
 
 
@@ -55,9 +60,7 @@ def test_the_end_of_every_text_is_held_out(write, tokenised):
         text = file.read_text()
         cut = round(len(text) * 0.8)  # as examples/train_pytorch.py has it
         begin = found.ends[0] if number else 0
-        assert found.held_out[begin : found.ends[number]].tolist() == Words().encode(
-            text[cut:], add_special_tokens=False, verbose=False
-        )
+        assert found.held_out[begin : found.ends[number]].tolist() == Words.ids(text[cut:])
     assert found.train[:5].tolist() == [0, 1, 2, 3, 4] and 200 in found.train
     assert found.held_out_bytes == sum(round(file.stat().st_size * 0.2) for file in files)
 
@@ -118,6 +121,54 @@ def test_reading_takes_memory_for_a_piece_and_not_for_a_text(write, monkeypatch)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == [120_000, 500_000] and peak < 150_000
+
+
+@pytest.mark.parametrize("documents", [1, 2, 1 << 10])
+def test_ids_of_a_batch_are_those_of_single_documents(write, tmp_path, monkeypatch, documents):
+    monkeypatch.setattr(texts, "DOCUMENTS", documents)
+    many = ["It was", " ", "", "naïve 東京 🙂 e\u0301", "ends in a line\n", "\n", "</s> a <s>", "x" * 300, "It was"]
+    settings = {"truncation": {"max_length": 4, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}}
+    settings["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0,
+                           "pad_token": "<unk>", "pad_to_multiple_of": None}  # fmt: skip
+    file = write("many.jsonl", lines(*many))
+    for name, more in (("plain", {}), ("cut", settings)):
+        shutil.copytree(checkpoint.EMBEDDED, tmp_path / name, ignore=shutil.ignore_patterns("model*"))
+        path = tmp_path / name / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+        asked, read = Question((file,), held_out=0.3), checkpoint.read_tokenizer(tmp_path / name, {})
+        data.tokenise(asked, tmp_path / name, read, 4096, {})
+        found = data.open_data(asked, tmp_path / name, 4096, lambda *_: None)
+        singly = [read.encode(each, add_special_tokens=False, verbose=False) for each in many if each]
+        for ids, of in ((found.train, singly[:5]), (found.held_out, singly[5:])):
+            joined = [token for each in of for token in [*each, read.eos_token_id]]
+            assert ids.tolist() == joined[:-1]
+    assert len(singly[-2]) > 9
+
+
+def test_a_batch_has_so_many_characters_or_documents(monkeypatch):
+    monkeypatch.setattr(texts, "BATCH", 10)
+    monkeypatch.setattr(texts, "DOCUMENTS", 4)
+    pieces = [texts.Piece("x" * size, False, True) for size in (3, 6, 1, 30, 9, 1, 1, 1, 1, 1, 1, 1)]
+    found = list(texts.batches(pieces))
+    assert [len(batch) for batch in found] == [3, 1, 2, 4, 2]
+    assert [piece for batch in found for piece in batch] == pieces
+
+
+def test_no_more_than_a_batch_of_documents_is_in_memory(write, tmp_path):
+    count, calls = 40 * texts.DOCUMENTS, 0
+    file = write("many.jsonl", lines(*("1 2",) * count) + "{\n")
+
+    def progress(done, total):
+        nonlocal calls
+        calls += 1
+        assert done == 3 * calls <= total
+
+    tracemalloc.start()
+    with pytest.raises(DuoError, match=rf"many.jsonl: line {count + 1} is no JSON"):
+        data.tokenise(Question((file,)), tmp_path, Words(), 10, {}, progress)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert calls == count and peak < 1_000_000
 
 
 @pytest.mark.parametrize(
