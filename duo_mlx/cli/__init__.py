@@ -27,6 +27,7 @@ COMMANDS = {
     "oracle claims": "Judge Duo-LLM's ten claims by an oracle, as the paper reads them and with a control",
     "oracle difficulty": "Study which tokens gain from more compute, in a finished oracle's table",
     "oracle plot": "Draw what an oracle found, as SVG and PNG with captions",
+    "oracle routers": "Measure trained routers on an oracle's text, at its budgets",
     "train router": "Train a router, beside everything else as it is (stage 3)",
     "train routes": "Train a model with random routing (stage 1): a new one, or go on with one that is there",
     "train small": "Train the small FFNs of a grafted model, beside everything else as it is",

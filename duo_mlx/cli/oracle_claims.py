@@ -24,26 +24,31 @@ KEPT = ("model", "text", "choices", "prefix", "search", "seed", "sequences", "le
 @click.option("--skips", type=click.Path(path_type=Path), metavar="DIR", help="Oracle with --choices -sB, for claim 9.")
 @click.option("--stage1", type=click.Path(path_type=Path), metavar="FILE",
               help="runs.json of examples/compare_stage1.py, for claim 10.")  # fmt: skip
+@click.option("--routers", type=click.Path(path_type=Path), metavar="DIR",
+              help="What duo-mlx oracle routers wrote, for claims 1, 2, 5, 6 and 9.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures as JSON.")
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
-def command(folder: Path, skips: Path | None, stage1: Path | None, out: Path | None, force: bool) -> None:
+def command(
+    folder: Path, skips: Path | None, stage1: Path | None, routers: Path | None, out: Path | None, force: bool
+) -> None:
     """Judge Duo-LLM's ten claims by an oracle, as the paper reads them and with a control.
 
     DIR is what duo-mlx oracle --controls wrote, with the budgets none, every number of big layers, and schedules such
     as 6..2 and 2..6. An oracle is a minimum over many patterns, which luck lowers, too: the controls ask what is left
     of a claim beside that. A claim holds where the 95 % intervals over sequences of all of its figures lie where it
     says, fails where one lies wholly elsewhere, and is undecided otherwise, also where there is nothing to judge it by.
-    What needs a trained router is open.
+    What needs a trained router is open without --routers.
 
     \b
     Examples:
       duo-mlx oracle claims oracle
+      duo-mlx oracle claims oracle --routers routers
       duo-mlx oracle claims oracle --skips skips --stage1 runs/stage1/runs.json --out claims.json
     """
     from duo_mlx.files import output_file, write_text
     from duo_mlx.study.claims import judge
 
-    material = _material(folder, skips, stage1)
+    material = _material(folder, skips, stage1, routers)
     claims = judge(material)
     if out is not None:
         with output_file(out, force) as new:
@@ -53,16 +58,18 @@ def command(folder: Path, skips: Path | None, stage1: Path | None, out: Path | N
         click.echo(f"wrote {out}", err=True)
 
 
-def _material(folder: Path, skips: Path | None, stage1: Path | None) -> "Material":
+def _material(folder: Path, skips: Path | None, stage1: Path | None, routers: Path | None) -> "Material":
     """What was given, if it fits."""
     from duo_mlx.errors import DuoError
     from duo_mlx.study.claims import Material
+    from duo_mlx.study.routers import read_folder
 
     found = _oracle(folder, "sB", "DIR")
     skipping = None if skips is None else _oracle(skips, "-sB", "--skips")
     if skipping and _model(skipping) != _model(found):
         raise DuoError(f"--skips {skips}: is of another model than {folder}; give two oracles of one model")
-    return Material(found, skipping, () if stage1 is None else _runs(stage1))
+    routed = () if routers is None else read_folder(routers, found)
+    return Material(found, skipping, () if stage1 is None else _runs(stage1), routed)
 
 
 def _oracle(folder: Path, choices: str, option: str) -> "Found":
@@ -107,6 +114,7 @@ def _record(material: "Material", stage1: Path | None, claims: "tuple[Claim, ...
 
     from duo_mlx.study import claims as rules
     from duo_mlx.study.difficulty import HIGH
+    from duo_mlx.study.router_claims import ALIKE
     from duo_mlx.study.verdict import FEWEST
 
     return {
@@ -116,6 +124,9 @@ def _record(material: "Material", stage1: Path | None, claims: "tuple[Claim, ...
         "sources": {
             "oracle": _source(material.found),
             "skips": material.skips and _source(material.skips),
+            "routers": [
+                {"name": each.name, "ks": list(each.ks), "share": each.share.tolist()} for each in material.routers
+            ],
             "stage1": stage1 and {"file": stage1.name, "runs": len(material.stage1)},
         },
         "thresholds": {
@@ -125,6 +136,7 @@ def _record(material: "Material", stage1: Path | None, claims: "tuple[Claim, ...
             "high_loss_quantile": HIGH,
             "exceptions_share": rules.EXCEPTIONS,
             "early_exit_share": rules.MOST,
+            "like_random_share": ALIKE,
         },
         "claims": [claim.record() for claim in claims],
     }

@@ -54,7 +54,7 @@ def routing(p_big: float, p_small: float, p_skip: float) -> Decorator:
 
 
 def training(
-    tokens: int, batch: int, lr: float, warmup: int, dropout: float | None, decay: float = 0.1, length: int = 512
+    tokens: int, batch: int, lr: float | None, warmup: int, dropout: float | None, decay: float = 0.1, length: int = 512
 ) -> Decorator:
     """How long and how fast, and the defaults of it; no dropout with None."""
     dropping = click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=dropout, show_default=True,

@@ -8,7 +8,7 @@ the reason in words.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb, inf
 
 import numpy as np
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from duo_mlx.intervals import of_means
 from duo_mlx.routes import Route
+from duo_mlx.study import router_claims
 from duo_mlx.study.controls import SIZES, WORST
 from duo_mlx.study.difficulty import HIGH, correlation, means, ranks
 from duo_mlx.study.results import Found
+from duo_mlx.study.routers import Routed
 from duo_mlx.study.verdict import Claim, Estimate, Figure, Outcome, Values, alone, mean, of_runs, resampled, words
 
 MEET = (-1e-4, 1e-4)  # nats that make no difference
@@ -29,6 +31,7 @@ EXCEPTIONS = 0.1
 MOST = 0.5  # an early-exit pattern would be that of most tokens that skip
 MIXED = ("random", "first_half", "alternating", "small")  # patterns of stage 1 in which small has a part
 ROUTER = "needs a trained router"
+SKIPPING = "needs a trained router that may skip"
 NO_SKIPS = "needs an oracle that may skip"
 NO_RUNS = "needs runs of both ways to train"
 Outcomes = tuple[Outcome, Outcome]  # without and with control
@@ -52,11 +55,18 @@ class Material:
         found: an oracle of big and small: exact budgets 0 to L, ``none`` and schedules, with controls.
         skips: an oracle that may skip, too.
         stage1: runs of both ways to train.
+        routers: on the text of ``found``.
     """
 
     found: Found
     skips: Found | None = None
     stage1: tuple[Run, ...] = ()
+    routers: tuple[Routed, ...] = ()
+
+    @property
+    def open(self) -> str:
+        """What is said of a claim's part about routers where there are none."""
+        return "" if self.routers else f"router: {ROUTER}"
 
 
 def oracle_is_lowest(material: Material) -> Outcomes:
@@ -82,11 +92,11 @@ def oracle_is_lowest(material: Material) -> Outcomes:
     matched = {k: mean(Values.of(found, k, "noise_mean") - Values.of(found, k, "mean_loss")) for k in interior}
     return (
         Outcome(
-            (*below, *ends, *beside),
-            holds="the oracle is below both in between, and all meet at the ends",
-            fails="the oracle is not below both in between, or they do not meet at the ends",
-            remark="an exhaustive oracle's minimum includes both and cannot be above them",
-            open=f"router: {ROUTER}",
+            (*below, *ends, *router_claims.above_oracle(found, material.routers), *beside),
+            holds="the oracle is below all in between, and all meet at the ends",
+            fails="the oracle is not below all in between, or they do not meet at the ends",
+            remark="an exhaustive oracle's minimum includes fixed and random and cannot be above them",
+            open=material.open,
         ),
         Outcome(
             (
@@ -124,10 +134,16 @@ def oracle_is_u_shaped(material: Material) -> Outcomes:
             for name in at_thirds
         ]
         return Outcome(
-            (*ends, _lowest(found, curve), Figure(f"fixed at k=1 less that at k={layers - 1}", fixed), *sides),
-            holds="lowest in the middle, and fixed improves with k",
-            fails="not lowest in the middle, or fixed does not improve with k",
-            open=f"router: {ROUTER}",
+            (
+                *ends,
+                _lowest(found, curve),
+                Figure(f"fixed at k=1 less that at k={layers - 1}", fixed),
+                *router_claims.improves(material.routers),
+                *sides,
+            ),
+            holds="lowest in the middle, and the others improve with k",
+            fails="not lowest in the middle, or another does not improve with k",
+            open=material.open,
         )
 
     return outcome("oracle_loss", ("oracle_loss",)), outcome(few, (few, many))
@@ -189,14 +205,36 @@ def big_moves_early(material: Material) -> Outcomes:
     )
 
 
-def router_favours_late(_: Material) -> Outcomes:
-    """Claim 5."""
-    return Outcome.missing(ROUTER), Outcome.missing(ROUTER)
+def router_favours_late(material: Material) -> Outcomes:
+    """Claim 5. It takes no minimum, so there is nothing to control."""
+    if not material.routers:
+        return Outcome.missing(ROUTER), Outcome.missing(ROUTER)
+    outcome = Outcome(
+        (*router_claims.late(material.routers), *router_claims.early(material.routers)),
+        holds="every router favours late layers, and big for early tokens",
+        fails="some router does not favour late layers, or big for early tokens",
+    )
+    return outcome, replace(outcome, remark="no minimum is taken, so this is as without control")
 
 
-def router_is_like_random(_: Material) -> Outcomes:
-    """Claim 6."""
-    return Outcome.missing(ROUTER), Outcome.missing(ROUTER)
+def router_is_like_random(material: Material) -> Outcomes:
+    """Claim 6. With control: the oracle is far only if its lead is more than that of as many noisy passes."""
+    if not material.routers:
+        return Outcome.missing(ROUTER), Outcome.missing(ROUTER)
+    way = router_claims.towards_oracle(material.found, material.routers)
+    budgets = sorted({k for router in material.routers for k in router.ks})
+    return (
+        Outcome(
+            tuple(way),
+            holds="every router is about as good as random, and far from the oracle",
+            fails="some router is better or worse than that",
+        ),
+        Outcome(
+            (*way, *(_noise_less_routes(material.found, k) for k in budgets)),
+            holds="so it is, and the oracle's lead is more than luck's",
+            fails="some router is better or worse than that, or the oracle's lead is no more than luck's",
+        ),
+    )
 
 
 def constant_beats_schedule(material: Material) -> Outcomes:
@@ -256,10 +294,15 @@ def loss_is_not_difficulty(material: Material) -> Outcomes:
 
 
 def skips_are_no_early_exit(material: Material) -> Outcomes:
-    """Claim 9, on tokens that skip some layers but not all. With control: each one's routes in a random order."""
+    """Claim 9, on tokens that skip some layers but not all. With control: each one's routes in a random order.
+
+    Routers take no minimum, so they are the same with control.
+    """
     found = material.skips
     if found is None:
         return Outcome.missing(NO_SKIPS), Outcome.missing(NO_SKIPS)
+    routed = router_claims.skips_late(material.routers)
+    open_ = "" if routed else f"router: {SKIPPING}"
     skipped = (found.tables.get("none") or found.any)["oracle_routes"] == Route.SKIP
     count, layers = skipped.sum(axis=-1), found.layers
     some = (count > 0) & (count < layers)
@@ -272,19 +315,24 @@ def skips_are_no_early_exit(material: Material) -> Outcomes:
     }
     return (
         Outcome(
-            (Figure("share of tokens that skip just the last layers", shares["exits"], (-inf, MOST), unit=""),),
-            holds="few tokens exit early",
-            fails="most tokens exit early",
-            open=f"router: {ROUTER}",
+            (
+                Figure("share of tokens that skip just the last layers", shares["exits"], (-inf, MOST), unit=""),
+                *routed,
+            ),
+            holds="few tokens exit early" + (", and routers skip late" if routed else ""),
+            fails="most tokens exit early" + (", or some router does not skip late" if routed else ""),
+            open=open_,
         ),
         Outcome(
             (
                 Figure("that share by chance less the one found", shares["less"], unit=""),
+                *routed,
                 Figure("mean depth of a token's skips, 0 to 1", shares["depth"], None, unit=""),
             ),
-            holds="tokens exit early more seldom than by chance",
-            fails="tokens exit early more often than by chance",
-            open=f"router: {ROUTER}",
+            holds="tokens exit early more seldom than by chance" + (", and routers skip late" if routed else ""),
+            fails="tokens exit early more often than by chance"
+            + (", or some router does not skip late" if routed else ""),
+            open=open_,
         ),
     )
 

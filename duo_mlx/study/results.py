@@ -41,7 +41,7 @@ class Found:
 
 
 def read(folder: Path) -> Found:
-    """Read a folder.
+    """Read a folder, or a part of one: budgets whose table is not there are left out.
 
     Raises:
         DuoError: it is not finished, not an oracle's, or damaged; the file is named.
@@ -49,6 +49,9 @@ def read(folder: Path) -> Found:
     summary = _summary(folder / SUMMARY)
     budgets = list(summary["budgets"])
     files = {budget: folder / table_name(budget, len(budgets)) for budget in budgets}
+    files = {budget: file for budget, file in files.items() if file.exists()}
+    if not files:
+        raise DuoError(f"{folder}: holds none of the tables that its {SUMMARY} names")
     tables = {budget: _table(file) for budget, file in files.items()}
     for budget, table in tables.items():
         if str(table[MODEL]) != summary["model"].get("sha256", ""):
@@ -74,8 +77,6 @@ def _table(file: Path) -> dict[str, NDArray[Any]]:
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             found = {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise DuoError(f"{file}: is missing, and the summary beside it names its budget") from None
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged archive
         raise DuoError(f"{file}: is damaged ({' '.join(str(error).split())})") from error
     if missing := [name for name in NEEDED if name not in found]:

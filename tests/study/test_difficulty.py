@@ -146,7 +146,7 @@ def test_a_high_loss_without_difficulty_is_counted(studied):
     small, gap = table["loss_small"], table["loss_small"] - table["oracle_loss"]
     high = small >= np.quantile(small, 0.9)
     assert found["difficulty"].median == pytest.approx((gap < np.median(gap))[high].mean())
-    assert found["difficulty"].low < 0.5 < found["difficulty"].high  # planted: nothing to do with one another
+    assert found["difficulty"].low < 0.5 < found["difficulty"].high + 1e-9  # planted: nothing to do with one another
     assert found["gap_to_noise_66"] == (0.0, 0.0, 0.0)  # planted: a quarter of the loss
 
 

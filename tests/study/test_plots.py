@@ -7,7 +7,6 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import numpy as np
 import pytest
-from matplotlib.text import Text
 
 from duo_mlx.errors import DuoError
 from duo_mlx.intervals import interval
@@ -15,6 +14,7 @@ from duo_mlx.routes import Route
 from duo_mlx.study import plots
 from duo_mlx.study.plots import maps, style, tokens
 from duo_mlx.study.results import Found
+from duo_mlx.study.routers import Routed
 
 LAYERS, SEQUENCES, LENGTH = 4, 5, 70
 WORDS = [f"w{number}" for number in range(LENGTH)]
@@ -283,12 +283,13 @@ def test_skips_are_shares_of_routes_and_early_exits_are_told_from_chance():
 def test_what_cannot_be_drawn_is_left_out_with_why(monkeypatch):
     monkeypatch.setattr(plots, "rendered", lambda figure: {"svg": b"<svg/>", "png": b"png"})  # noqa: ARG005
     drawn = plots.draw(made(("none",), controls=False), None, 0, None)
-    assert drawn.left_out.keys() == {"layers", "losses", "text", "skips"}
+    assert drawn.left_out.keys() == {"layers", "losses", "text", "skips", "routers", "router_layers"}
     assert "tiny" in drawn.left_out["text"] and "--skips" in drawn.left_out["skips"]
     assert drawn.files.keys() == {
         "positions.svg", "positions.png", "difficulty.svg", "difficulty.png", plots.CAPTIONS,
     }  # fmt: skip
-    whole = plots.draw(made(), made(choices="-sB"), 0, WORDS)
+    routed = Routed("mine", (2,), made().any["loss_big"][None], with_bigs(np.random.default_rng(0), 2)[None])
+    whole = plots.draw(made(), made(choices="-sB"), 0, WORDS, [routed])
     assert not whole.left_out and whole.files.keys() == plots.FILES
     captions = whole.files[plots.CAPTIONS].decode()
     assert [each for each in captions.splitlines() if each.startswith("## ")] == [f"## {name}" for name in plots.NAMES]
@@ -317,23 +318,8 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_nothing_is_cut_off_and_no_title_or_legend_is_covered(name):
-    figure = FIGURES[name]().figure
-    figure.draw_without_rendering()
-    whole = figure.bbox.padded(1)
-    texts = [each for each in figure.findobj(Text) if each.get_visible() and each.get_text()]
-    inside = [each for each in texts if each.get_window_extent().width and each.figure is figure]
-    assert len(inside) > 10
-    ticks = {id(label) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels()}
-    for each in inside:
-        box = each.get_window_extent()
-        if id(each) not in ticks:  # those beyond an axis' ends are not drawn
-            assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1, each
-    titles = {axes.get_title("left") for axes in figure.axes} - {""}
-    places = [each.get_window_extent() for each in inside if each.get_text() in titles]
-    places += [legend.get_window_extent() for legend in figure.legends]
-    places += [axes.get_legend().get_window_extent() for axes in figure.axes if axes.get_legend()]
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(places, 2))
+def test_nothing_is_cut_off_and_no_title_or_legend_is_covered(name, laid_out):
+    laid_out(FIGURES[name]().figure)
 
 
 def test_the_same_figure_is_the_same_file_whatever_settings_are(monkeypatch):

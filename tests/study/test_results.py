@@ -88,9 +88,21 @@ def test_a_summary_of_something_else(folder, content):
     refused(folder, "summary.json", "is no duo-mlx-oracle/1")
 
 
-def test_a_missing_table(folder):
-    (folder / "tokens.npz").unlink()
-    refused(folder, "tokens.npz", "is missing, and the summary beside it names its budget")
+def test_a_missing_table_is_left_out(tiny_model, tmp_path):
+    write(tiny_model(), tmp_path, BUDGETS)
+    whole = results.read(tmp_path)
+    for file in ("tokens-none.npz", "tokens-0.npz"):
+        (tmp_path / file).unlink()
+    found = results.read(tmp_path)
+    assert tuple(found.tables) == ("2", "3..1", "at-most:1") and list(found.exact) == [2]
+    assert found.summary == whole.summary and found.layers == 4
+    assert found.tables["2"].keys() == whole.tables["2"].keys()
+    np.testing.assert_array_equal(found.any["oracle_loss"], whole.tables["2"]["oracle_loss"])
+
+
+def test_no_table_at_all(folder):
+    (folder / "tokens.npz").rename(folder / "tokens-2.npz")  # which is no table's name where there is one budget
+    refused(folder, "", "holds none of the tables that its summary.json names")
 
 
 def cut(file):

@@ -1,8 +1,9 @@
 """Figures of an oracle study, with a caption each that says what is seen: Duo-LLM's (arXiv 2410.10846), and controls.
 
 ``layers``, ``positions`` and ``skips`` show where an oracle puts which route, ``losses`` what it gains by budget and
-what equally many candidates or noise would gain, ``text`` and ``difficulty`` which tokens gain. Captions are made from
-the data. The same data gives the same files.
+what equally many candidates or noise would gain, ``text`` and ``difficulty`` which tokens gain, ``routers`` and
+``router_layers`` what trained routers make of the same text. Captions are made from the data. The same data gives the
+same files.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +15,13 @@ from duo_mlx.errors import DuoError
 from duo_mlx.files import output_directory, writing
 from duo_mlx.study.plots.losses import losses
 from duo_mlx.study.plots.maps import layers, positions, skips
+from duo_mlx.study.plots.routers import router_layers, routers
 from duo_mlx.study.plots.style import KINDS, LackingError, Plot, drawing, rendered
 from duo_mlx.study.plots.tokens import difficulty, text
 from duo_mlx.study.results import Found
+from duo_mlx.study.routers import Routed
 
-NAMES = ("layers", "positions", "losses", "text", "difficulty", "skips")
+NAMES = ("layers", "positions", "losses", "text", "difficulty", "skips", "routers", "router_layers")
 CAPTIONS = "captions.md"
 FILES = {CAPTIONS, *(f"{name}.{kind}" for name in NAMES for kind in KINDS)}
 
@@ -31,7 +34,13 @@ class Drawn:
     left_out: Mapping[str, str]  # why, by figure
 
 
-def draw(found: Found, with_skips: Found | None, sequence: int, words: Sequence[str] | None) -> Drawn:
+def draw(
+    found: Found,
+    with_skips: Found | None,
+    sequence: int,
+    words: Sequence[str] | None,
+    routed: Sequence[Routed] = (),
+) -> Drawn:
     """All figures that what is there can show.
 
     Args:
@@ -39,6 +48,7 @@ def draw(found: Found, with_skips: Found | None, sequence: int, words: Sequence[
         with_skips: one over choices that hold skip, for ``skips``; None: ``found``.
         sequence: which sequence ``text`` shows.
         words: the text of its target tokens ``[length]``; None: ``text`` is left out.
+        routed: on the oracle's text.
 
     Raises:
         DuoError: matplotlib is missing.
@@ -50,6 +60,8 @@ def draw(found: Found, with_skips: Found | None, sequence: int, words: Sequence[
         "text": partial(text, found, sequence, words),
         "difficulty": partial(difficulty, found),
         "skips": partial(skips, with_skips or found),
+        "routers": partial(routers, found, routed),
+        "router_layers": partial(router_layers, found, routed),
     }
     files: dict[str, bytes] = {}
     captions, left_out = [_heading(found)], {}

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 DPI = 150
 KINDS = {"svg": {"Date": None}, "png": {"Software": None}}  # and the metadata that would change from run to run
 INK, MUTED, GRID = "#1c2128", "#767c85", "#e1e4e8"
-BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#007a5a", "#a3478a"  # told apart by the colour-blind
+# told apart by the colour-blind
+BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#007a5a", "#a3478a", "#56b4e9"
 SHARES, DIFFERENCES = "viridis", "PuOr"  # colour maps
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
