@@ -4,8 +4,8 @@
 
 Each text is read twice, with big or small drawn for every token and layer. The difference of a token's two losses is
 what routes are worth to it, and predictors are fitted to it on training text: a worth for each layer (*constants*, all
-that a fixed pattern can use), one *linear* map a layer as a router has, an *mlp* a layer, and a *joint* mlp that sees all
-layers' inputs at once, more than any router does. How good they are is told on held-out text:
+that a fixed pattern can use), one *linear* map a layer as a router has, an *mlp* a layer, and a *joint* mlp that sees
+all inputs at once, more than any router does. How good they are is told on held-out text:
 
 - *explained*, the share of the squares of differences that a predictor explains;
 - *worth*, what its choices add: half of all layers' tokens take big, those that it predicts most of. As routes are
@@ -266,10 +266,8 @@ def command(
         spread = starts[np.linspace(0, len(starts) - 1, min(held_out_windows, len(starts))).astype(np.int64)]
         scored = np.stack([read.held_out[begin : begin + length + 1] for begin in spread]).astype(np.int32)
     before = system_record()
-    train, held_out = (
-        Pairs(model, each, seed + number, lambda done, of=of: say(f"{of}: {done}"))
-        for number, (of, each) in enumerate((("training", learnt), ("held out", scored)))
-    )
+    train = Pairs(model, learnt, seed, lambda done: say(f"training: {done}"))
+    held_out = Pairs(model, scored, seed + 1, lambda done: say(f"held out: {done}"))
     result = study(train, held_out, seed, say)
     click.echo(table(result))
     if out:
