@@ -114,6 +114,7 @@ def _record(material: "Material", stage1: Path | None, claims: "tuple[Claim, ...
 
     from duo_mlx.study import claims as rules
     from duo_mlx.study.difficulty import HIGH
+    from duo_mlx.study.oracle_figures import MEET
     from duo_mlx.study.router_claims import ALIKE
     from duo_mlx.study.verdict import FEWEST
 
@@ -131,7 +132,7 @@ def _record(material: "Material", stage1: Path | None, claims: "tuple[Claim, ...
         },
         "thresholds": {
             "fewest_sequences": FEWEST,
-            "meet_nats": rules.MEET[1],
+            "meet_nats": MEET[1],
             "even_share": rules.EVEN,
             "high_loss_quantile": HIGH,
             "exceptions_share": rules.EXCEPTIONS,

@@ -14,16 +14,24 @@ from math import comb, inf
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx.intervals import of_means
 from duo_mlx.routes import Route
 from duo_mlx.study import router_claims
 from duo_mlx.study.controls import SIZES, WORST
 from duo_mlx.study.difficulty import HIGH, correlation, means, ranks
+from duo_mlx.study.oracle_figures import (
+    MEET,
+    at_equal_n,
+    late,
+    lowest,
+    mean_only,
+    noise_less_routes,
+    oracle_loss,
+    third,
+)
 from duo_mlx.study.results import Found
 from duo_mlx.study.routers import Routed
-from duo_mlx.study.verdict import Claim, Estimate, Figure, Outcome, Values, alone, mean, of_runs, resampled, words
+from duo_mlx.study.verdict import Claim, Estimate, Figure, Outcome, Values, mean, of_runs, resampled, words
 
-MEET = (-1e-4, 1e-4)  # nats that make no difference
 EVEN = 0.05  # how far from a half a share is still about even
 # If a high loss implied a high gap, no token of high loss would have a gap below the median; if they had nothing to do
 # with each other, half of them would. One in ten is more exceptions than an implication can bear.
@@ -76,16 +84,20 @@ def oracle_is_lowest(material: Material) -> Outcomes:
     """
     found, interior = material.found, range(1, material.found.layers)
     below = [
-        Figure(f"{name} less oracle", mean(Values.baseline(found, k, of) - _oracle(found, k)), at=f"k={k}")
+        Figure(f"{name} less oracle", mean(Values.baseline(found, k, of) - oracle_loss(found, k)), at=f"k={k}")
         for name, of in (("fixed, chosen on the other half,", "fixed_split"), ("random", "random"))
         for k in interior
     ]
     ends = [
-        Figure(f"oracle at k={k} less all {of}", mean(_oracle(found, k) - Values.of(found, k, f"loss_{of}")), MEET)
+        Figure(
+            f"oracle at k={k} less all {of}",
+            mean(oracle_loss(found, k) - Values.of(found, k, f"loss_{of}")),
+            MEET,
+        )
         for k, of in ((0, "small"), (found.layers, "big"))
     ]
     beside = [
-        Figure(f"{name} less oracle", _mean_only(found, k, of), None, f"k={k}")
+        Figure(f"{name} less oracle", mean_only(found, k, of), None, f"k={k}")
         for name, of in (("fixed, chosen on the same,", "fixed"), ("random, best for each token,", "random_by_token"))
         for k in interior
     ]
@@ -100,7 +112,7 @@ def oracle_is_lowest(material: Material) -> Outcomes:
         ),
         Outcome(
             (
-                *(_noise_less_routes(found, k) for k in interior),
+                *(noise_less_routes(found, k) for k in interior),
                 *(Figure("mean of noise less that of routes", matched[k], None, f"k={k}") for k in interior),
             ),
             holds="at every budget between, routes beat as much noise",
@@ -116,7 +128,7 @@ def oracle_is_u_shaped(material: Material) -> Outcomes:
     """
     found, layers = material.found, material.found.layers
     fixed = mean(Values.baseline(found, 1, "fixed_split") - Values.baseline(found, layers - 1, "fixed_split"))
-    third, half = _third(layers), layers // 2
+    few_big, half = third(layers), layers // 2
     few, many = (f"best_of_{size}" for size in SIZES)
 
     def outcome(curve: str, at_thirds: tuple[str, ...]) -> Outcome:
@@ -127,8 +139,8 @@ def oracle_is_u_shaped(material: Material) -> Outcomes:
         ]
         sides = [
             Figure(
-                f"{words(name)} at k={third} less that at k={layers - third}",
-                mean(Values.of(found, third, name) - Values.of(found, layers - third, name)),
+                f"{words(name)} at k={few_big} less that at k={layers - few_big}",
+                mean(Values.of(found, few_big, name) - Values.of(found, layers - few_big, name)),
                 None,
             )
             for name in at_thirds
@@ -136,7 +148,7 @@ def oracle_is_u_shaped(material: Material) -> Outcomes:
         return Outcome(
             (
                 *ends,
-                _lowest(found, curve),
+                lowest(found, curve),
                 Figure(f"fixed at k=1 less that at k={layers - 1}", fixed),
                 *router_claims.improves(material.routers),
                 *sides,
@@ -156,10 +168,10 @@ def one_beats_all(material: Material) -> Outcomes:
     away the accidents of one pass. Beside it the mirror image: as many patterns with one small layer among big ones.
     """
     found, layers = material.found, material.found.layers
-    gain = Values.of(found, 1, "loss_big") - _oracle(found, 1)
+    gain = Values.of(found, 1, "loss_big") - oracle_loss(found, 1)
     into_whole = Values.of(found, 1, "loss_big") - Values.of(found, 1, "from_short")
     into_short = Values.of(found, 1, "short_loss_big") - Values.of(found, 1, "to_short")
-    mirror = mean(_oracle(found, 1) - _oracle(found, layers - 1))
+    mirror = mean(oracle_loss(found, 1) - oracle_loss(found, layers - 1))
     return (
         Outcome(
             (Figure("all big less oracle at k=1", mean(gain)),),
@@ -168,7 +180,7 @@ def one_beats_all(material: Material) -> Outcomes:
         ),
         Outcome(
             (
-                _noise_less_routes(found, 1),
+                noise_less_routes(found, 1),
                 Figure("all big less routes of the other context", mean(into_whole), at="k=1, chosen in the short"),
                 Figure("all big less routes of the other context", mean(into_short), at="k=1, chosen in the whole"),
                 Figure(f"oracle with one big layer less oracle with one small, k={layers - 1}", mirror, None),
@@ -182,8 +194,8 @@ def one_beats_all(material: Material) -> Outcomes:
 def big_moves_early(material: Material) -> Outcomes:
     """Claim 4. With control: less that of the routes of the highest loss, which lie where a layer matters at all."""
     found, layers = material.found, material.found.layers
-    third, half = _third(layers), layers // 2
-    budgets = {third: (0.0, inf), half: (-EVEN, EVEN), layers - third: (-inf, 0.0)}
+    few_big, half = third(layers), layers // 2
+    budgets = {few_big: (0.0, inf), half: (-EVEN, EVEN), layers - few_big: (-inf, 0.0)}
     if len(budgets) < 3:
         none = Outcome.missing(f"{layers} layers have no three budgets L/3, L/2 and 2L/3")
         return none, none
@@ -198,10 +210,14 @@ def big_moves_early(material: Material) -> Outcomes:
             fails="not late, even and early",
         )
 
-    late = {k: _late(found, k, "oracle_routes") for k in budgets}
+    shares_late = {k: late(found, k, "oracle_routes") for k in budgets}
     return (
-        outcome("share of big in the late half", 0.5, late),
-        outcome("that share less the worst routes'", 0.0, {k: late[k] - _late(found, k, WORST) for k in budgets}),
+        outcome("share of big in the late half", 0.5, shares_late),
+        outcome(
+            "that share less the worst routes'",
+            0.0,
+            {k: shares_late[k] - late(found, k, WORST) for k in budgets},
+        ),
     )
 
 
@@ -230,7 +246,7 @@ def router_is_like_random(material: Material) -> Outcomes:
             fails="some router is better or worse than that",
         ),
         Outcome(
-            (*way, *(_noise_less_routes(material.found, k) for k in budgets)),
+            (*way, *(noise_less_routes(material.found, k) for k in budgets)),
             holds="so it is, and the oracle's lead is more than luck's",
             fails="some router is better or worse than that, or the oracle's lead is no more than luck's",
         ),
@@ -264,8 +280,8 @@ def constant_beats_schedule(material: Material) -> Outcomes:
         )
 
     return (
-        outcome(lambda plan, k: (Values.of(found, plan, "oracle_loss") - _oracle(found, k), "oracle")),
-        outcome(lambda plan, k: _at_equal_n(found, (plan, "best_of"), (k, "best_of"))),
+        outcome(lambda plan, k: (Values.of(found, plan, "oracle_loss") - oracle_loss(found, k), "oracle")),
+        outcome(lambda plan, k: at_equal_n(found, (plan, "best_of"), (k, "best_of"))),
     )
 
 
@@ -380,63 +396,3 @@ CLAIMS: tuple[tuple[str, Callable[[Material], Outcomes]], ...] = (
 def judge(material: Material) -> tuple[Claim, ...]:
     """All claims, with what became of them."""
     return tuple(Claim(number, text, *of(material)) for number, (text, of) in enumerate(CLAIMS, 1))
-
-
-def _third(layers: int) -> int:
-    """Of the budgets; the other side, which has equally many patterns, is what is left."""
-    return max(1, round(layers / 3))
-
-
-def _oracle(found: Found, k: int) -> Values:
-    return Values.of(found, k, "oracle_loss")
-
-
-def _mean_only(found: Found, k: int, name: str) -> Estimate:
-    """How much a baseline is above the oracle, of which the summary has the mean over all tokens and no more."""
-    loss, oracle = found.summary["budgets"].get(str(k), {}).get(name), _oracle(found, k)
-    if loss is None or oracle.array is None:
-        return Estimate(None, f"the summary has no {words(name)} of budget {k}")
-    return alone(loss - float(oracle.array.mean()))
-
-
-def _at_equal_n(found: Found, one: tuple[int | str, str], other: tuple[int | str, str]) -> tuple[Values, str]:
-    """The difference of two minima over the same N, each of a budget and a name, and N: the largest that both have."""
-    for size in reversed(SIZES):
-        less = Values.of(found, one[0], f"{one[1]}_{size}") - Values.of(found, other[0], f"{other[1]}_{size}")
-        if less.array is not None:
-            break
-    return less, f"best of {size}"
-
-
-def _noise_less_routes(found: Found, k: int) -> Figure:
-    """The minimum over draws of noise less that over as many routes, in texts in which noise can cost as much."""
-    less, of = _at_equal_n(found, (k, "noise"), (k, "best_of"))
-    spread = Values.of(found, k, "noise_mean") - Values.of(found, k, f"noise_{SIZES[0]}")
-    if less.array is not None and spread.array is not None:
-        noisy = spread.array.max(axis=1) > MEET[1]  # none is added where a budget's patterns cost no more than all big
-        less = Values(less.array[noisy]) if noisy.any() else Values(None, f"all big costs no less than budget {k}")
-    return Figure("noise less routes", mean(less), at=f"k={k}, {of}")
-
-
-def _lowest(found: Found, curve: str) -> Figure:
-    """The interior budget at which a curve is lowest."""
-    ks = np.arange(1, found.layers)
-    values = [Values.of(found, k, curve) for k in ks.tolist()]
-    if why := next((each.why for each in values if each.why), "" if values else "there is no budget between"):
-        lowest = Estimate(None, why)
-    else:
-        columns = np.concatenate([each.by_sequence() for each in values], axis=1)
-        lowest = resampled(of_means(columns, lambda curves: ks[curves.argmin(axis=-1)]), len(columns))
-    middle = (-(-found.layers // 3) - 0.5, 2 * found.layers // 3 + 0.5)  # L/2 and L/6 to either side
-    return Figure(f"k of the lowest {words(curve)}", lowest, middle, unit="")
-
-
-def _late(found: Found, k: int, name: str) -> Values:
-    """The share of a token's big layers that lie in the late half; a middle layer is in neither half."""
-    routes, half = Values.of(found, k, name), found.layers // 2
-    if routes.array is None:
-        return routes
-    big = routes.array == Route.BIG
-    early, late = big[..., :half].sum(axis=-1), big[..., -half:].sum(axis=-1)
-    with np.errstate(invalid="ignore"):
-        return Values(late / (early + late))
