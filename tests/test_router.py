@@ -57,6 +57,31 @@ def test_the_largest_logit_names_the_route(choices):
         np.testing.assert_array_equal(np.array(router.routes(layer, mx.array(x))), expected)
 
 
+@pytest.mark.parametrize("choices", ["sB", "-sB"])
+def test_a_layers_bias_and_the_offsets_of_all_layers_add_up(choices):
+    random = np.random.default_rng(1)
+    weights, x = random.standard_normal((LAYERS, len(choices), HIDDEN)), random.standard_normal((40, HIDDEN))
+    biases, offsets = random.standard_normal((LAYERS, len(choices))), random.standard_normal(len(choices))
+    named = np.array([LETTERS.index(letter) for letter in choices])
+    router = LinearRouter([mx.array(each, mx.float32) for each in weights], named, mx.array(offsets, mx.float32),
+                          [mx.array(each, mx.float32) for each in biases])  # fmt: skip
+    for layer in range(LAYERS):
+        expected = named[(x @ weights[layer].T + biases[layer] + offsets).argmax(axis=-1)]
+        np.testing.assert_array_equal(np.array(router.routes(layer, mx.array(x, mx.float32))), expected)
+
+
+@pytest.mark.parametrize("strategy", WITHIN)
+def test_a_model_with_biases_routes_alike_by_every_strategy(tiny_model, strategy):
+    model = tiny_model(seed=2, router_choices="-sB", router_bias=True)
+    offsets = mx.array([0.3, -0.2, 0.1])
+    expected, same = passes(model, model.router(offsets), tokens_of(2), (TOKENS,), "dense")
+    logits, routes = passes(model, model.router(offsets), tokens_of(2), PASSES["prefill and decode"], strategy)
+    np.testing.assert_array_equal(routes, same)
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+    plain = passes(model, model.router(), tokens_of(2), (TOKENS,), "dense")[1]
+    assert (plain != same).any()
+
+
 def test_offsets_move_the_threshold():
     random = np.random.default_rng(0)
     weight, x = mx.array(random.standard_normal((2, HIDDEN))), mx.array(random.standard_normal((1, 200, HIDDEN)))
