@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duo_mlx.model import Model
-from duo_mlx.router import LinearRouter
+from duo_mlx.router import LinearRouter, Router
 from duo_mlx.routes import Route
 from duo_mlx.training.job import Settle
 from duo_mlx.training.optimizer import Arrays
@@ -22,20 +22,20 @@ SHARES = np.linspace(0.05, 0.95, 19)
 Curve = list[tuple[float, float]]  # share of big, offset
 
 
-class Margins(LinearRouter):
-    """A linear router that keeps how far big's logit is above the others, without the offset: ``[...]`` a layer."""
+class Margins(Router):
+    """A linear router with an offset for big, that keeps how far big's logit is above the others without it."""
 
     def __init__(self, router: LinearRouter, offset: float):
-        self.__dict__ |= router.__dict__
-        self.offset, self.big, self.margins = offset, router.choices.index(Route.BIG), list[mx.array]()
+        self.router, self.choices = router, mx.array(router.choices)
+        self.moved = offset * (self.choices == Route.BIG)
+        self.margins: list[mx.array] = []  # [...] a layer
 
-    def logits(self, layer: int, x: mx.array) -> mx.array:
-        """With the offset."""
-        found = super().logits(layer, x).astype(mx.float32)
-        others = [found[..., choice] for choice in range(len(self.choices)) if choice != self.big]
-        best = others[0] if len(others) == 1 else mx.maximum(*others)
-        self.margins.append(found[..., self.big] - best)
-        return found + self.offset * (mx.arange(len(self.choices)) == self.big)
+    def routes(self, layer: int, x: mx.array) -> mx.array:
+        logits = self.router.logits(layer, x).astype(mx.float32)
+        big = self.choices == Route.BIG
+        best, others = (mx.where(each, logits, -mx.inf).max(axis=-1) for each in (big, ~big))
+        self.margins.append(best - others)
+        return self.choices[mx.argmax(logits + self.moved, axis=-1)]
 
 
 def curve(model: Model, windows: NDArray[np.integer], shares: NDArray[np.float64] = SHARES) -> Curve:
@@ -76,6 +76,6 @@ def settle(choices: tuple[int, ...], budget: float | None) -> Settle:
             offset = offset_for(found, budget)
             big = offset * (mx.array(choices) == Route.BIG)
             learned = {name: each + big if name.endswith(".bias") else each for name, each in learned.items()}
-        return learned, {"router_offsets": [[round(share, 4), moved - offset] for share, moved in found]}
+        return learned, {"router_offsets": [[share, moved - offset] for share, moved in found]}
 
     return end
