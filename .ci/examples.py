@@ -27,7 +27,7 @@ RUNNERS = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable
 MISTAKEN = {"sh", "shell", "console", "zsh", "py", "python3", "pycon"}  # would look like an example and never run
 FENCE = re.compile(r"^ *(`{3,}|~{3,}) *([\w-]*)")
 MARK = re.compile(r"^ *<!-- *ci: *(.*?) *-->$")
-TIME_LIMIT = 1200  # seconds; a graft takes minutes
+TIME_LIMIT = 2400  # seconds; a graft takes minutes, on a slow machine twenty
 
 
 @dataclass(frozen=True)
