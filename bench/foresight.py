@@ -39,9 +39,10 @@ from duo_mlx.bench.record import check_output, run, write_output
 from duo_mlx.bench.system import system_record
 from duo_mlx.intervals import of_means
 from duo_mlx.model import Model
+from duo_mlx.router import Follow
 from duo_mlx.routes import Route
 from duo_mlx.training import data
-from duo_mlx.training.gains import TARGETS, Follow
+from duo_mlx.training.gains import TARGETS
 
 ROWS = 8  # windows that are passed at once
 INNER, EPOCHS, RATE = 64, 6, 1e-3  # of the networks
@@ -263,7 +264,7 @@ def command(
         begins = np.random.default_rng(seed).integers(len(read.train) - length, size=windows)
         learnt = np.stack([read.window(begin, length) for begin in begins]).astype(np.int32)
         starts = read.starts(length)
-        spread = starts[np.linspace(0, len(starts) - 1, min(held_out_windows, len(starts))).astype(np.int64)]
+        spread = data.spread(starts, held_out_windows)
         scored = np.stack([read.held_out[begin : begin + length + 1] for begin in spread]).astype(np.int32)
     before = system_record()
     train = Pairs(model, learnt, seed, lambda done: say(f"training: {done}"))

@@ -27,7 +27,7 @@ from duo_mlx.convert.tensors import Tensors, to_torch
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.policies import RandomPolicy
-from duo_mlx.router import LinearRouter, Router
+from duo_mlx.router import Follow
 from duo_mlx.routes import Route, Routes, parse_pattern
 
 if TYPE_CHECKING:
@@ -97,27 +97,21 @@ def measure(
 
 def _by_router(reference: "DuoModel", model: Model, inputs: NDArray[np.int64]) -> Parity:
     expected, routes = _run(reference, inputs, None)
-    led = _Led(model.router(), routes)
-    row = compare("router", expected, np.array(model(mx.array(inputs), routes=led)))
-    worst = np.maximum(row.max_abs_difference, np.array(mx.stack(led.lags)).max())  # a NaN stays one
+    router, follow = model.router(), Follow(routes)
+    row = compare("router", expected, np.array(model(mx.array(inputs), routes=follow)))
+    rows = mx.array([router.choices.index(route) if route in router.choices else 0 for route in Route])
+    lags = [
+        _lag(router.logits(layer, x), rows[follow.given[..., layer]]) for layer, x in enumerate(follow.inputs)
+    ]  # fmt: skip
+    worst = np.maximum(row.max_abs_difference, np.array(mx.stack(lags)).max())  # a NaN stays one
     return replace(row, max_abs_difference=float(worst))
 
 
-class _Led(Router):
-    """Gives ``routes [batch, tokens, layers]``; ``lags`` say how far from them ``router`` is in each layer."""
-
-    def __init__(self, router: LinearRouter, routes: NDArray[np.integer]):
-        self.router, self.given = router, mx.array(routes)
-        self.rows = mx.array([router.choices.index(route) if route in router.choices else 0 for route in Route])
-        self.lags: list[mx.array] = []
-
-    def routes(self, layer: int, x: mx.array) -> mx.array:
-        logits = self.router.logits(layer, x)
-        given = self.given[..., layer].reshape(x.shape[:-1])
-        taken = mx.take_along_axis(logits, self.rows[given][..., None], axis=-1)
-        scale = mx.maximum(mx.abs(logits).max(), 1e-30)  # a router that was never trained says 0 to everything
-        self.lags.append((logits - taken).max() / scale)
-        return given
+def _lag(logits: mx.array, rows: mx.array) -> mx.array:
+    """How far behind the largest logit ``[..., choices]`` those of ``rows [...]`` are, relative to all of them."""
+    taken = mx.take_along_axis(logits, rows[..., None], axis=-1)
+    scale = mx.maximum(mx.abs(logits).max(), 1e-30)  # a router that was never trained says 0 to everything
+    return (logits - taken).max() / scale
 
 
 def measure_quantised(directory: Path, batch: int = 2, tokens: int = 64, seed: int = 0) -> list[Parity]:

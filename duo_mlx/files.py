@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +40,28 @@ def refuse_existing(path: Path, force: bool = False) -> None:
         raise DuoError(f"{path} exists already; give --force to replace it, or another name")
     if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").is_file()):
         raise DuoError(f"{path} is no model directory, so --force does not replace it; give another name")
+
+
+def refuse_foreign(out: Path, force: bool, own: Callable[[str], bool], whose: str) -> None:
+    """Refuse a folder for ``--out`` that exists, unless it may be replaced and holds nothing but what is its own.
+
+    Args:
+        out: the folder.
+        force: it may be replaced.
+        own: whether a file of that name is its own.
+        whose: is said of a file that is not, such as "no figure's".
+
+    Raises:
+        DuoError: it exists and ``force`` is not given, or it is or holds something else.
+    """
+    if not out.exists():
+        return
+    if not force:
+        raise DuoError(f"--out {out}: exists already; give --force to replace it, or another name")
+    if not out.is_dir():
+        raise DuoError(f"--out {out}: is a file; give the name of a folder")
+    if others := sorted(each.name for each in out.iterdir() if not own(each.name)):
+        raise DuoError(f"--out {out}: holds {others[0]}, which is {whose}, so --force does not replace it")
 
 
 @contextmanager

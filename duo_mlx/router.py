@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
 from duo_mlx import auto
 from duo_mlx.kernels import fused
@@ -80,6 +82,18 @@ class LinearRouter(Router):
         if in_one_kernel and auto.router_refusal(h.shape[-1], len(self.choices), rows, h.dtype) is None:
             return fused.decide(h, norm, self.weights[layer], self.offsets[layer], self.choices)
         return super().decide(layer, h, norm)
+
+
+class Follow(Router):
+    """Takes routes that are given, ``[batch, tokens, layers]``, and keeps what it saw, ``inputs``, one a layer."""
+
+    def __init__(self, given: NDArray[np.integer]):
+        self.given = mx.array(given)
+        self.inputs: list[mx.array] = []
+
+    def routes(self, layer: int, x: mx.array) -> mx.array:
+        self.inputs.append(x)
+        return self.given[..., layer]
 
 
 class Recorder(Router):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from duo_mlx import threshold
 from duo_mlx.errors import DuoError
-from duo_mlx.files import output_directory, write_text, writing
+from duo_mlx.files import output_directory, refuse_foreign, write_text, writing
 from duo_mlx.model import Model
 from duo_mlx.router import Recorder, Router
 from duo_mlx.routes import Route, Routes
@@ -119,17 +119,9 @@ def refuse_existing(out: Path, force: bool) -> None:
     Raises:
         DuoError: ``out`` exists and ``force`` is not given, or it is or holds something else than routers' tables.
     """
-    if not out.exists():
-        return
-    if not force:
-        raise DuoError(f"--out {out}: exists already; give --force to replace it, or another name")
-    if not out.is_dir():
-        raise DuoError(f"--out {out}: is a file; give the name of a folder")
-    names = sorted(file.name for file in out.iterdir())
-    if names and RECORD not in names:
+    if force and out.is_dir() and any(out.iterdir()) and not (out / RECORD).exists():
         raise DuoError(f"--out {out}: holds no {RECORD}, so --force does not replace it")
-    if others := [name for name in names if name != RECORD and not name.endswith(".npz")]:
-        raise DuoError(f"--out {out}: holds {others[0]}, which is no router's, so --force does not replace it")
+    refuse_foreign(out, force, lambda name: name == RECORD or name.endswith(".npz"), "no router's")
 
 
 def write(out: Path, measured: Sequence[Routed], found: Found, about: Mapping[str, Any], force: bool) -> None:

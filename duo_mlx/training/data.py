@@ -105,6 +105,11 @@ class Data:
             )
 
 
+def spread(starts: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """``count`` of these at equal distances, or all if there are fewer."""
+    return starts[np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(np.int64)]
+
+
 def tokenise(
     question: Question,
     folder: Path,

@@ -13,6 +13,7 @@ The loss is that of the true next token or, with ``target: big``, its mean over 
 the same gain on average if all big were right, without the luck of which token came.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,25 +21,13 @@ import mlx.core as mx
 import numpy as np
 
 from duo_mlx.model import Model
-from duo_mlx.router import Router
+from duo_mlx.router import Follow
 from duo_mlx.routes import Route, Routes
 from duo_mlx.training.routers import RouterLearns
 from duo_mlx.training.routing import VALIDATION
 from duo_mlx.training.stage import Drawn, randomness
 
 TARGETS = ("text", "big")
-
-
-class Follow(Router):
-    """Takes routes that are given, ``[batch, tokens, layers]``, and keeps what it saw, ``inputs``, one a layer."""
-
-    def __init__(self, given: Routes):
-        self.given = mx.array(given)
-        self.inputs: list[mx.array] = []
-
-    def routes(self, layer: int, x: mx.array) -> mx.array:
-        self.inputs.append(x)
-        return self.given[..., layer]
 
 
 @dataclass(frozen=True)
@@ -87,7 +76,7 @@ class Gains(RouterLearns):
             sums.append(mx.stack(said).sum(axis=0))
         return mx.stop_gradient(losses[1] - losses[0]), sums[0] - sums[1]
 
-    def _expected(self, model: Model, windows: mx.array):  # type: ignore[no-untyped-def]
+    def _expected(self, model: Model, windows: mx.array) -> Callable[[mx.array], mx.array]:
         """What gives the logit of the next token, or its mean over those that all big expects."""
         if self.target == "text":
             return lambda logits: mx.take_along_axis(logits, windows[:, 1:, None], axis=-1)[..., 0]

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
+from duo_mlx.router import Follow
 from duo_mlx.routes import Routes, format_pattern
-from duo_mlx.training.gains import Follow
 from duo_mlx.training.routers import RouterLearns
 from duo_mlx.training.stage import Drawn
 

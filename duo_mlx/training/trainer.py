@@ -22,7 +22,7 @@ from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
 from duo_mlx.processes import Processes, in_touch
 from duo_mlx.training import parallel
-from duo_mlx.training.data import Data
+from duo_mlx.training.data import Data, spread
 from duo_mlx.training.optimizer import Arrays, Schedule, adamw, clipping, norm
 from duo_mlx.training.stage import Drawn, Stage, randomness
 from duo_mlx.training.state import State
@@ -222,7 +222,7 @@ class Trainer:
 
     def spread(self, count: int) -> NDArray[np.int64]:
         """``count`` validation windows at equal distances, or all if there are fewer."""
-        return self.starts[np.linspace(0, len(self.starts) - 1, min(count, len(self.starts))).astype(np.int64)]
+        return spread(self.starts, count)
 
     def use(self, learned: Arrays) -> None:
         """Hand the parameters to the model, in the type of the passes."""

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from duo_mlx.errors import DuoError
-from duo_mlx.files import output_directory, writing
+from duo_mlx.files import output_directory, refuse_foreign, writing
 from duo_mlx.study.plots.losses import losses
 from duo_mlx.study.plots.maps import layers, positions, skips
 from duo_mlx.study.plots.routers import router_layers, routers
@@ -92,14 +91,7 @@ def refuse_existing(out: Path, force: bool) -> None:
     Raises:
         DuoError: ``out`` exists and ``force`` is not given, or it is or holds something else than figures.
     """
-    if not out.exists():
-        return
-    if not force:
-        raise DuoError(f"--out {out}: exists already; give --force to replace it, or another name")
-    if not out.is_dir():
-        raise DuoError(f"--out {out}: is a file; give the name of a folder")
-    if others := sorted(each.name for each in out.iterdir() if each.name not in FILES):
-        raise DuoError(f"--out {out}: holds {others[0]}, which is no figure's, so --force does not replace it")
+    refuse_foreign(out, force, FILES.__contains__, "no figure's")
 
 
 def write(drawn: Drawn, out: Path, force: bool) -> list[Path]:
