@@ -44,9 +44,9 @@ from duo_mlx.bench.prefill import CLOCKS
 from duo_mlx.bench.record import check_output, run, write_output
 from duo_mlx.bench.system import system_record
 from duo_mlx.conditional import STRATEGIES
-from duo_mlx.generation import RoutedModel
 from duo_mlx.model import Model
 from duo_mlx.policies import ReplayPolicy
+from duo_mlx.routed import RoutedModel
 from duo_mlx.routes import Route, Routes, histogram
 
 PEER_GOAL = 1.00  # mlx-lm's time over all-big's, at least

@@ -38,8 +38,8 @@ from duo_mlx.bench.prefill import SHAPE
 from duo_mlx.bench.record import check_output, run, write_output
 from duo_mlx.bench.system import system_record
 from duo_mlx.errors import DuoError
-from duo_mlx.generation import RoutedModel
 from duo_mlx.policies import parse_route
+from duo_mlx.routed import RoutedModel
 
 LIMIT = 1.10  # what the peak may take of weights and cache
 CASES = {  # by name: route SPEC, and whether weights are read when they are used

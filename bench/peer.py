@@ -24,10 +24,10 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from duo_mlx import checkpoint, cost
 from duo_mlx.bench.prefill import SHAPE
 from duo_mlx.errors import DuoError
-from duo_mlx.generation import RoutedModel
 from duo_mlx.intervals import interval
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.policies import FixedPolicy, Policy
+from duo_mlx.routed import RoutedModel
 from duo_mlx.router import Router
 from duo_mlx.routes import Route, Routes
 

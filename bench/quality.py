@@ -12,16 +12,15 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx.generation import RoutedModel
 from duo_mlx.intervals import interval
 from duo_mlx.model import Model
-from duo_mlx.policies import FixedPolicy, Policy
-from duo_mlx.router import Recorder, Router
+from duo_mlx.policies import FixedPolicy
+from duo_mlx.routed import RoutedModel, Source
 from duo_mlx.routes import Route, format_pattern
 
 
 def log_probabilities(
-    model: Model, policy: Policy | Router, window: NDArray[np.int32], number: int
+    model: Model, policy: Source, window: NDArray[np.int32], number: int
 ) -> tuple[mx.array, NDArray[np.uint8]]:
     """Log-probabilities ``[tokens, vocab]`` of a window's next tokens, and the routes ``[tokens, layers]``.
 
@@ -37,16 +36,12 @@ def log_probabilities(
     logits = routed(mx.array(window[None, :-1]))[0].astype(mx.float32)
     found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     mx.eval(found)
-    if isinstance(routed.policy, Recorder):
-        routes = model.args.realised(np.stack([np.array(each).reshape(-1) for each in routed.policy.taken], -1))
-    else:
-        routes = routed.routes(start, start + tokens).reshape(-1, model.args.num_hidden_layers)
-    return found, np.broadcast_to(routes, (tokens, routes.shape[-1])).astype(np.uint8)
+    return found, routed.taken(start, start + tokens)[0]
 
 
 def measure(
     model: Model,
-    policies: Mapping[str, Policy | Router],
+    policies: Mapping[str, Source],
     windows: NDArray[np.int32],
     progress: Callable[[float], object] = lambda share: None,  # noqa: ARG005
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:

@@ -27,7 +27,7 @@ from duo_mlx.convert.tensors import Tensors, to_torch
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.policies import RandomPolicy
-from duo_mlx.router import Follow
+from duo_mlx.routed import ask
 from duo_mlx.routes import Route, Routes, parse_pattern
 
 if TYPE_CHECKING:
@@ -97,12 +97,11 @@ def measure(
 
 def _by_router(reference: "DuoModel", model: Model, inputs: NDArray[np.int64]) -> Parity:
     expected, routes = _run(reference, inputs, None)
-    router, follow = model.router(), Follow(routes)
-    row = compare("router", expected, np.array(model(mx.array(inputs), routes=follow)))
-    rows = mx.array([router.choices.index(route) if route in router.choices else 0 for route in Route])
-    lags = [
-        _lag(router.logits(layer, x), rows[follow.given[..., layer]]) for layer, x in enumerate(follow.inputs)
-    ]  # fmt: skip
+    logits, said = ask(model, mx.array(inputs), routes)
+    row = compare("router", expected, np.array(logits))
+    choices = model.router().choices
+    rows = mx.array([choices.index(route) if route in choices else 0 for route in Route])[mx.array(routes)]
+    lags = [_lag(said[:, :, layer], rows[..., layer]) for layer in range(routes.shape[-1])]
     worst = np.maximum(row.max_abs_difference, np.array(mx.stack(lags)).max())  # a NaN stays one
     return replace(row, max_abs_difference=float(worst))
 

@@ -109,7 +109,7 @@ def expected_shapes(args: ModelArgs, dense: bool = False) -> dict[str, tuple[int
         if not dense and args.has_small(layer):
             shapes |= _ffn_shapes(f"{prefix}.mlp.small", hidden, small, args.mlp_bias or args.small_bias)
         if not dense and args.router_choices:
-            shapes |= _linear(f"{prefix}.mlp.router", len(args.router_choices), hidden, args.router_bias)
+            shapes |= _linear(f"{prefix}.mlp.router", len(args.router_choices), args.router_width, args.router_bias)
         shapes |= {f"{prefix}.{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
     shapes["model.norm.weight"] = (hidden,)
     if not args.tie_word_embeddings:

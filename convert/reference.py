@@ -49,6 +49,7 @@ class DuoConfig:
     skip_scope: str = "ffn"  # what SKIP bypasses: "ffn", or "layer" (attention too; keys and values stay)
     router_choices: str = ""  # the routes that a router's rows stand for, such as "sB"; empty: no routers
     router_bias: bool = False  # whether a router adds a bias to its logits
+    router_looks_ahead: bool = False  # whether it sees a token's embedding and the final state before, see `foresee`
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
@@ -148,7 +149,8 @@ class FFN(nn.Module):
 class DuoFFN(nn.Module):
     """A big and a small FFN side by side; each runs on the tokens routed to it, skipped tokens get zeros.
 
-    Where the configuration has ``router_choices`` there is a ``router``, too: ``[..., hidden]`` to a logit a choice.
+    Where the configuration has ``router_choices`` there is a ``router``, too: from what it sees, ``[..., hidden]`` or
+    twice as much, to a logit a choice.
     """
 
     def __init__(self, config: DuoConfig, has_small: bool = True):
@@ -158,10 +160,11 @@ class DuoFFN(nn.Module):
         self.small = FFN(config.hidden_size, config.small_intermediate_size, bias) if has_small else None
         self.choices = [LETTERS.index(letter) for letter in config.router_choices]
         if self.choices:
-            self.router = nn.Linear(config.hidden_size, len(self.choices), bias=config.router_bias)
+            width = config.hidden_size * (2 if config.router_looks_ahead else 1)
+            self.router = nn.Linear(width, len(self.choices), bias=config.router_bias)
 
     def decide(self, x: Tensor) -> Tensor:
-        """Routes ``[batch, tokens]`` of ``x [batch, tokens, hidden]``; of equal logits the first counts."""
+        """Routes ``[...]`` of what the router sees, ``x [..., width]``; of equal logits the first counts."""
         return torch.tensor(self.choices, device=x.device)[self.router(x).argmax(-1)]
 
     def forward(self, x: Tensor, routes: Tensor) -> Tensor:
@@ -252,12 +255,35 @@ class DuoModel(nn.Module):
             raise ValueError(f"routes {tuple(routes.shape)} fit neither [{layers}] nor [batch, tokens, {layers}]")
         else:
             routes = routes.expand(*tokens.shape, layers)
+        if routes is None and self.config.router_looks_ahead:
+            routes = self.foresee(tokens)
+        x, taken = self.final(tokens, routes)
+        logits = F.linear(x, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+        return logits, taken
+
+    def foresee(self, tokens: Tensor) -> Tensor:
+        """Routes ``[batch, tokens, layers]`` by routers that look ahead, token by token.
+
+        A token's are decided from its embedding, normalised, and from what the last norm made of the token before it;
+        before the first one that is zeros. All tokens before are computed anew each time.
+        """
+        routes = tokens.new_zeros(len(tokens), 0, self.config.num_hidden_layers)
+        embedded = self.model.embed_tokens(tokens)
+        embedded = embedded * torch.rsqrt(embedded.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
+        before = torch.zeros_like(embedded[:, 0])
+        for place in range(tokens.shape[1]):
+            seen = torch.cat([embedded[:, place], before], -1)
+            decided = torch.stack([layer.mlp.decide(seen) for layer in self.model.layers], -1)
+            routes = torch.cat([routes, decided[:, None]], 1)
+            before = self.final(tokens[:, : place + 1], routes)[0][:, -1]
+        return routes
+
+    def final(self, tokens: Tensor, routes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the last norm gives, ``[batch, tokens, hidden]``, and the routes ``[batch, tokens, layers]``."""
         positions = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
         angles = positions[:, None] * self.frequencies
         x, taken = self.model.embed_tokens(tokens), []
         for index, layer in enumerate(self.model.layers):
             x, route = layer(x, angles, None if routes is None else routes[..., index])
             taken.append(route)
-        x = self.model.norm(x)
-        logits = F.linear(x, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
-        return logits, torch.stack(taken, dim=-1)
+        return self.model.norm(x), torch.stack(taken, dim=-1)

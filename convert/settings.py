@@ -240,7 +240,7 @@ def settle_router(config: Mapping[str, Any], choices: str | None, tensors: Tenso
     """The configuration with what routers among the canonical ``tensors`` need said.
 
     Which row stands for which route, weights do not tell. ``choices`` say it in place of ``router_choices``; whether
-    there are biases (``router_bias``) is seen where nobody says.
+    there are biases (``router_bias``), and whether routers look ahead, by their width, is seen where nobody says.
 
     Raises:
         DuoError: ``choices`` of no router; a router is more than a linear map; its rows are not said, or otherwise.
@@ -268,6 +268,10 @@ def settle_router(config: Mapping[str, Any], choices: str | None, tensors: Tenso
     result = {**config, "router_choices": choices} if choices else dict(config)
     if config.get("router_bias") is None and any(name.endswith(".bias") for name in routers):
         result["router_bias"] = True
+    if config.get("router_looks_ahead") is None:
+        widths = {tensor.shape[1] for tensor in routers.values() if len(tensor.shape) == 2}
+        if widths == {2 * config["hidden_size"]}:
+            result["router_looks_ahead"] = True
     return result
 
 

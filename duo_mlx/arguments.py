@@ -46,8 +46,10 @@ class ModelArgs:
     skip_scope: str = "ffn"  # what SKIP bypasses: "ffn", or "layer" (attention too; keys and values are still written)
     router_choices: str = ""  # the routes that the layers' routers choose between, such as "sB"; empty: no routers
     router_bias: bool = False  # whether a router adds a bias to its logits
+    router_looks_ahead: bool = False  # whether routers see what is known before the pass, see `duo_mlx.lookahead`
     router_offsets: tuple[tuple[float, float], ...] = ()  # see `duo_mlx.threshold`; what a measurement found
     default_route: str = "big"  # the pattern of a pass for which nobody gives routes
+    default_draft: str = ""  # the pattern by which ``speculate="default"`` drafts; empty: none is known
     best_patterns: tuple[KnownPattern, ...] = ()  # see `duo_mlx.budget`; what a measurement found
 
     def __post_init__(self) -> None:
@@ -87,14 +89,14 @@ class ModelArgs:
             )
         if len(choices) == 1:
             raise DuoError(f"config.json: router_choices is {choices!r}; a router needs two or three routes")
-        if type(self.router_bias) is not bool:
-            raise DuoError(f"config.json: router_bias is {self.router_bias!r}; it must be true or false")
+        for key in ("router_bias", "router_looks_ahead"):
+            if type(getattr(self, key)) is not bool:
+                raise DuoError(f"config.json: {key} is {getattr(self, key)!r}; it must be true or false")
         object.__setattr__(self, "router_offsets", _offsets(self.router_offsets))
         object.__setattr__(self, "best_patterns", _known_patterns(self.best_patterns, self.num_hidden_layers))
-        try:
-            parse_pattern(self.default_route, self.num_hidden_layers)
-        except DuoError as error:
-            raise DuoError(f"config.json: default_route: {error}") from None
+        _check_pattern("default_route", self.default_route, self.num_hidden_layers)
+        if self.default_draft != "":
+            _check_pattern("default_draft", self.default_draft, self.num_hidden_layers)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
@@ -108,7 +110,7 @@ class ModelArgs:
         required = {field.name for field in fields(cls) if field.default is MISSING}
         if missing := sorted(required - given.keys()):
             raise DuoError(f"config.json lacks {', '.join(missing)}")
-        routing = {key for key in config if key.startswith(("small_", "skip_", "default_rout", "rout"))}
+        routing = {key for key in config if key.startswith(("small_", "skip_", "default_rout", "default_dra", "rout"))}
         if unknown := sorted(routing - known):
             raise DuoError(f"config.json has routing keys that are not known: {', '.join(unknown)}")
         sizes = [field.name for field in fields(cls) if field.name in required - {"rms_norm_eps"}]
@@ -127,10 +129,24 @@ class ModelArgs:
         big_only = np.array([not self.has_small(layer) for layer in range(self.num_hidden_layers)])
         return np.where(big_only & (routes == Route.SMALL), np.uint8(Route.BIG), routes)
 
+    @property
+    def router_width(self) -> int:
+        """How many values a layer's router sees."""
+        return self.hidden_size * (2 if self.router_looks_ahead else 1)
+
     @cached_property
     def default_pattern(self) -> Routes:
         """`default_route` as routes ``[layers]``."""
         return parse_pattern(self.default_route, self.num_hidden_layers)
+
+
+def _check_pattern(key: str, given: Any, layers: int) -> None:
+    if not isinstance(given, str):
+        raise DuoError(f"config.json: {key} is {given!r}; it must be a pattern as text, such as 'big' or 'BBss'")
+    try:
+        parse_pattern(given, layers)
+    except DuoError as error:
+        raise DuoError(f"config.json: {key}: {error}") from None
 
 
 def _layer_numbers(given: Any, layers: int) -> tuple[int, ...]:

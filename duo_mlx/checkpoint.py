@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from duo_mlx import shards
 from duo_mlx.errors import DuoError
-from duo_mlx.files import write_text
+from duo_mlx.files import output_file, write_text
 from duo_mlx.routes import Route, Routes
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ from duo_mlx.model import Model, ModelArgs
 
 __all__ = ["Model", "ModelArgs"]
 '''
+
+CHOOSING = ("default_route", "default_draft", "best_patterns")  # keys of config.json, beside those of routers
 
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja", "*.txt"]
 
@@ -156,11 +158,30 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def fingerprint(directory: Path) -> str:
-    """SHA-256 over a model's config.json and weights, as hexadecimal digits."""
-    whole = hashlib.sha256()
-    for file in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+    """SHA-256 over what a model computes by given routes, as hexadecimal digits.
+
+    That is config.json and the weights, in whatever shards. Left out is what chooses routes: a router, thresholds,
+    known patterns and defaults. So what was measured by given routes, such as an oracle's tables, stays that of the
+    model when a router is trained for it.
+    """
+    config = read_config(directory)
+    kept = {key: value for key, value in config.items() if key not in CHOOSING and not key.startswith("router_")}
+    whole = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    parts = {}
+    for file in sorted(directory.glob("model*.safetensors")):
+        _check_safetensors(file)
         with file.open("rb") as opened:
-            whole.update(hashlib.file_digest(opened, "sha256").digest())
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+            data = opened.tell()
+            for name, tensor in header.items():
+                if name != "__metadata__" and ".router." not in name:
+                    parts[name] = (file, data, tensor)
+    for name, (file, data, tensor) in sorted(parts.items()):
+        whole.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
+        begin, end = tensor["data_offsets"]
+        with file.open("rb") as opened:
+            opened.seek(data + begin)
+            whole.update(opened.read(end - begin))
     return whole.hexdigest()
 
 
@@ -209,6 +230,13 @@ def save_config(directory: Path, config: dict[str, Any]) -> None:
         kept["quantization_config"] = kept["quantization"]
     write_text(directory / "config.json", json.dumps(dict(sorted(kept.items())), indent=4) + "\n")
     write_text(directory / MODEL_FILE, MODEL_FILE_TEXT)
+
+
+def save_default_draft(directory: Path, pattern: str) -> None:
+    """Make ``pattern`` the ``default_draft`` of the model in a directory, whose config.json keeps all else."""
+    config = read_config(directory) | {"default_draft": pattern}
+    with output_file(directory / "config.json", force=True) as file:
+        write_text(file, json.dumps(config, indent=4) + "\n")
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:

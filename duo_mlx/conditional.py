@@ -45,7 +45,8 @@ def host_reads() -> int:
     return _reads
 
 
-def _read(array: mx.array) -> NDArray[Any]:
+def read(array: mx.array) -> NDArray[Any]:
+    """Wait for what the device knows, and count it, see `host_reads`."""
     global _reads
     _reads += 1
     return np.array(array)
@@ -82,7 +83,7 @@ def plan(
         return [routes] * layers
     if isinstance(routes, mx.array):
         if strategy in ("auto", "planned"):
-            routes = _read(routes)
+            routes = read(routes)
         else:
             if routes.shape not in ((layers,), (batch, tokens, layers)):
                 check_routes(np.zeros(routes.shape, np.uint8), batch, tokens, layers)
@@ -120,7 +121,7 @@ def decide(
     else:
         one = isinstance(entry, Route) and strategy != "dense"
         return norm(h), entry, "planned" if one or strategy == "sync" else resolve(strategy, ffns, h, "host")
-    return (x, _shared(_read(route)), by) if by == "sync" else (x, route, by)
+    return (x, _shared(read(route)), by) if by == "sync" else (x, route, by)
 
 
 def resolve(strategy: str, ffns: FFNs, x: mx.array, known_by: str) -> str:
@@ -200,7 +201,7 @@ def _grouping(route: Routes | mx.array) -> tuple[mx.array, mx.array, int, int]:
     if isinstance(route, mx.array):
         flat = route.reshape(-1)
         order = mx.argsort(flat)
-        skips, smalls = _read(mx.stack([(flat == Route.SKIP).sum(), (flat == Route.SMALL).sum()])).tolist()
+        skips, smalls = read(mx.stack([(flat == Route.SKIP).sum(), (flat == Route.SMALL).sum()])).tolist()
         return order, mx.argsort(order), skips, smalls
     host = np.argsort(route, axis=None, kind="stable").astype(np.uint32)
     counts = np.bincount(route.ravel(), minlength=len(Route))

@@ -1,4 +1,4 @@
-"""Generation: a model bound to a policy, driven by mlx-lm's `generate_step` or by speculation, as a stream of text."""
+"""Generation: a model and its routes, driven by mlx-lm's `generate_step` or by speculation, as a stream of text."""
 
 import time
 from collections.abc import Callable, Generator
@@ -8,19 +8,17 @@ from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 from mlx_lm.generate import GenerationResponse, generate_step, generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from duo_mlx import budget, threshold
-from duo_mlx.conditional import check_strategy
 from duo_mlx.drafting import Lengths
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Layer, Model
-from duo_mlx.policies import FixedPolicy, Policy, parse_route
-from duo_mlx.router import Recorder, Router
-from duo_mlx.routes import Route, Routes
+from duo_mlx.model import Model
+from duo_mlx.policies import FixedPolicy, parse_route
+from duo_mlx.routed import RoutedModel, Source
+from duo_mlx.router import Router
+from duo_mlx.routes import Routes
 from duo_mlx.speculation import Speculation, Token
 from duo_mlx.speculation import speculate as speculative_steps
 
@@ -43,60 +41,7 @@ class Response(GenerationResponse):
         return self.find_routes()
 
 
-class RoutedModel(nn.Module):
-    """A model bound to a policy or a router, callable as mlx-lm calls a model: it passes each position's routes on.
-
-    One object serves one sequence (or one batch of sequences of equal length).
-    """
-
-    def __init__(self, model: Model, policy: Policy | Router, strategy: str = "auto", start: int = 0):
-        super().__init__()
-        self.model = model
-        self.policy = Recorder(policy) if isinstance(policy, Router) else policy
-        self.strategy = check_strategy(strategy)
-        self.position = start
-        self.decided: dict[int, list[mx.array]] = {}  # a router's routes of each pass, by its last position
-
-    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
-        batch, tokens = inputs.shape[:2] if input_embeddings is None else input_embeddings.shape[:2]
-        start, self.position = self.position, self.position + tokens
-        if isinstance(self.policy, Recorder):
-            logits = self.model(inputs, cache, input_embeddings, routes=self.policy, strategy=self.strategy)
-            self.decided[self.position - 1] = self.policy.taken
-            return logits
-        routes = self.routes(start, self.position, batch)
-        return self.model(inputs, cache, input_embeddings, routes=routes, strategy=self.strategy)
-
-    def routes(self, start: int, stop: int, batch: int = 1) -> Routes:
-        """The policy's routes as the model realises them.
-
-        After the policy's end, where mlx-lm starts one step whose result it drops, they are skip.
-        """
-        args = self.model.args
-        assert not isinstance(self.policy, Recorder), "a router has no routes before its pass"
-        if self.policy.length is not None and start >= self.policy.length:
-            return np.full(args.num_hidden_layers, Route.SKIP, np.uint8)
-        return args.realised(self.policy.routes(start, stop, batch))
-
-    def later(self, position: int) -> Callable[[], Routes]:
-        """What gives the first sequence's routes ``[layers]`` at the last position of a pass, when it is called."""
-        if not isinstance(self.policy, Recorder):
-            return lambda: self.routes(position, position + 1).reshape(-1)
-        decided = self.decided.pop(position)
-        for passed in [earlier for earlier in self.decided if earlier < position]:
-            del self.decided[passed]  # those of a prompt's chunks
-        # each is evaluated with its pass, so that reading it does not wait for the next
-        return lambda: self.model.args.realised(np.array([np.ravel(route[0])[-1] for route in decided], np.uint8))
-
-    @property
-    def layers(self) -> list[Layer]:
-        return self.model.layers
-
-    def make_cache(self) -> list[Any]:
-        return self.model.make_cache()
-
-
-def policy_of(model: Model, route: str | None, seed: int = 0) -> Policy | Router:
+def policy_of(model: Model, route: str | None, seed: int = 0) -> Source:
     """The policy or router that a route SPEC names for this model; None: its ``default_route``.
 
     Raises:
@@ -110,6 +55,20 @@ def policy_of(model: Model, route: str | None, seed: int = 0) -> Policy | Router
     if spec.startswith(threshold.PREFIX):
         return model.router(threshold.offsets(model.args, spec))
     return parse_route(spec, model.args.num_hidden_layers, seed)
+
+
+def draft_spec(model: Model, speculate: str) -> str:
+    """The route SPEC of a draft: ``default`` is the model's ``default_draft``, every other is itself.
+
+    Raises:
+        DuoError: the model has none.
+    """
+    if speculate == "default" and not model.args.default_draft:
+        raise DuoError(
+            "speculate default: this model's config.json has no default_draft; "
+            "duo-mlx bench draft --model DIR --store finds one"
+        )
+    return model.args.default_draft if speculate == "default" else speculate
 
 
 def encode(tokenizer: TokenizerWrapper, prompt: str | list[int]) -> list[int]:
@@ -127,7 +86,7 @@ def encode(tokenizer: TokenizerWrapper, prompt: str | list[int]) -> list[int]:
     return tokens
 
 
-def room(model: Model, policy: Policy | Router, prompt_tokens: int) -> int | None:
+def room(model: Model, policy: Source, prompt_tokens: int) -> int | None:
     """How many tokens can be generated after a prompt; None where nothing limits them.
 
     Raises:
@@ -152,11 +111,11 @@ def stream_generate(
     tokenizer: TokenizerWrapper,
     prompt: str | list[int],
     *,
-    route: str | Policy | Router | None = None,
+    route: str | Source | None = None,
     strategy: str = "auto",
     seed: int = 0,
     max_tokens: int = 256,
-    speculate: str | Policy | Router | None = None,
+    speculate: str | Source | None = None,
     draft_tokens: int | str | Lengths | None = None,
     **kwargs: Any,
 ) -> Generator[Response, None, None]:
@@ -172,7 +131,8 @@ def stream_generate(
         seed: of random routes (sampling follows ``mx.random.seed``).
         max_tokens: at most so many tokens, and never beyond the model's context or the end of replayed routes.
         speculate: a route SPEC or policy, known to the host and cheaper than ``route``, that drafts tokens for
-            ``route`` to verify, see `duo_mlx.speculation`; None: no speculation.
+            ``route`` to verify, see `duo_mlx.speculation`; ``default``: the model's ``default_draft``; None: no
+            speculation.
         draft_tokens: how many to draft before they are verified; None: ``auto``, as many as pay.
         kwargs: mlx-lm's own arguments of ``generate_step``: sampler, logits_processors, prompt_cache, kv_bits ...;
             with ``speculate`` those of `duo_mlx.speculation.speculate`.
@@ -185,7 +145,7 @@ def stream_generate(
     """
     if route is None or isinstance(route, str):
         route = policy_of(model, route, seed)
-    draft = policy_of(model, speculate, seed) if isinstance(speculate, str) else speculate
+    draft = policy_of(model, draft_spec(model, speculate), seed) if isinstance(speculate, str) else speculate
     if draft is None and draft_tokens is not None:
         raise DuoError("draft_tokens without speculate; say which route drafts")
     tokens = encode(tokenizer, prompt)
@@ -195,7 +155,7 @@ def stream_generate(
     if max_tokens < 1:
         raise DuoError(f"max_tokens is {max_tokens}; it must be at least 1")
     max_tokens = max_tokens if limit is None else min(max_tokens, limit)
-    routed = RoutedModel(model, route, strategy, start=cached)
+    routed = RoutedModel(model, route, strategy, start=cached, prompt=first - 1)
     if draft is None:
         plain = generate_step(mx.array(tokens), routed, max_tokens=max_tokens, **kwargs)
         steps = (Token(token, logprobs) for token, logprobs in plain)

@@ -18,6 +18,7 @@ from duo_mlx import conditional
 from duo_mlx.arguments import KnownPattern, ModelArgs
 from duo_mlx.errors import DuoError
 from duo_mlx.llama_parts import MLP, Attention, RMSNorm, Rotation
+from duo_mlx.lookahead import LookAhead
 from duo_mlx.products import tall
 from duo_mlx.router import LinearRouter, Router
 from duo_mlx.routes import LETTERS, Route
@@ -30,7 +31,7 @@ class RouterWeights(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.weight = mx.zeros((len(args.router_choices), args.hidden_size))
+        self.weight = mx.zeros((len(args.router_choices), args.router_width))
         if args.router_bias:
             self.bias = mx.zeros(len(args.router_choices))
 
@@ -207,8 +208,10 @@ class Model(nn.Module):
             return tall(out.reshape(1, -1), table.weight).reshape(*out.shape[:-1], -1)
         return table.as_linear(out) if self.args.tie_word_embeddings else table(out)
 
-    def router(self, offsets: mx.array | None = None) -> LinearRouter:
+    def router(self, offsets: mx.array | None = None) -> LinearRouter | LookAhead:
         """The model's own router; ``offsets [choices]`` are added to its logits.
+
+        One that looks ahead is no argument of a pass; `duo_mlx.routed.RoutedModel` asks it.
 
         Raises:
             DuoError: the model has none.
@@ -218,7 +221,10 @@ class Model(nn.Module):
             raise DuoError("this model has no router: its config.json has no router_choices")
         routers = [layer.mlp.router for layer in self.layers]
         biases = [router.bias for router in routers] if self.args.router_bias else None
-        return LinearRouter([router.weight for router in routers], choices, offsets, biases)
+        weights = [router.weight for router in routers]
+        if self.args.router_looks_ahead:
+            return LookAhead(weights, choices, self.args.rms_norm_eps, offsets, biases)
+        return LinearRouter(weights, choices, offsets, biases)
 
     def fuse(self) -> None:
         """Decode with fewer and larger products; from then on the weights must not be changed. Numbers stay."""

@@ -26,6 +26,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 
 from duo_mlx import cost, drafting, sampling
 from duo_mlx.errors import DuoError
+from duo_mlx.lookahead import LookAhead
 from duo_mlx.model import Model
 from duo_mlx.policies import Policy
 from duo_mlx.rounds import LogitsProcessor, Round, Rounds, patterns
@@ -140,11 +141,9 @@ def speculate(
     """
     if unknown:
         raise DuoError(f"speculation does not know {', '.join(sorted(unknown))}; leave it out, or do not speculate")
-    lengths = drafting.lengths(draft_tokens)
+    verify, draft, lengths = checked(model, verify, draft, draft_tokens)
     cache = prompt_cache or model.make_cache()
     start: int = cache[0].offset
-    verify, draft = _known(model, verify, draft)
-    _check_length(model, lengths)
     _check_cache(cache, start + len(prompt) + max_tokens - 1)
     rounds = Rounds(model, verify, draft, strategy, cache, sampling.known(sampler), logits_processors or ())
     history, counts = list(prompt), Speculation()
@@ -167,11 +166,25 @@ def speculate(
             layer.trim(max(0, layer.offset - (start + len(history) - 1)))
 
 
+def checked(
+    model: Model, verify: Policy | Router, draft: Policy | Router, draft_tokens: int | str | drafting.Lengths
+) -> tuple[Policy, Policy, drafting.Lengths]:
+    """What `speculate` works with, of its arguments of the same names.
+
+    Raises:
+        DuoError: nothing can be speculated with them.
+    """
+    lengths = drafting.lengths(draft_tokens)
+    verify, draft = _known(model, verify, draft)
+    _check_length(model, lengths)
+    return verify, draft, lengths
+
+
 def _known(model: Model, verify: Policy | Router, draft: Policy | Router) -> tuple[Policy, Policy]:
     """Both, if the host knows them and the draft's routes are not the dearer ones."""
-    if isinstance(verify, Router):
+    if isinstance(verify, Router | LookAhead):
         raise DuoError(
-            "a router cannot verify: it decides within the pass, and speculation needs routes that are known before; "
+            "a router cannot verify: it decides token by token, and verification needs routes that are known before; "
             "choose another route, or do not speculate"
         )
     if isinstance(draft, Router):

@@ -202,6 +202,29 @@ def unread(model):
     return left
 
 
+def test_a_fingerprint_is_of_what_a_model_computes_by_given_routes(saved, tmp_path):
+    directory, model = saved(router_choices="sB")
+    config, weights = checkpoint.read_config(directory), checkpoint.parameters(model)
+    expected = checkpoint.fingerprint(directory)
+
+    def of(changes, changed, limit=1 << 30):
+        made = tmp_path / str(len(list(tmp_path.iterdir())))
+        made.mkdir()
+        checkpoint.save(made, config | changes, weights | changed, limit=limit)
+        return checkpoint.fingerprint(made)
+
+    router, norm = "model.layers.1.mlp.router.weight", "model.norm.weight"
+    choosing = {"router_choices": "Bs", "default_route": "small", "best_patterns": [{"pattern": "BBBB", "loss": 1.0}]}
+    assert of(choosing, {router: weights[router] + 1}) == of({}, {}, limit=1000) == expected
+    others = [
+        of({"rms_norm_eps": 1e-6}, {}),
+        of({}, {norm: weights[norm] + 2**-20}),
+        of({}, {norm: weights[norm].astype(mx.float16)}),
+        of({}, {"model.layers.0.mlp.big.up_proj.weight": weights["model.layers.0.mlp.big.gate_proj.weight"]}),
+    ]
+    assert len({expected, *others}) == 5
+
+
 @pytest.mark.parametrize("fuse", [False, True])
 def test_weights_that_no_route_uses_stay_unread(saved, fuse):
     everything = {f"{layer}.{name}" for layer in range(4) for name in ("big", "small")}

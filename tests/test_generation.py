@@ -9,8 +9,9 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 import duo_mlx
 from duo_mlx import conditional
 from duo_mlx.errors import DuoError
-from duo_mlx.generation import RoutedModel, encode, policy_of, room
+from duo_mlx.generation import encode, policy_of, room
 from duo_mlx.policies import FixedPolicy, RandomPolicy, ReplayPolicy, parse_route
+from duo_mlx.routed import RoutedModel
 from duo_mlx.routes import Route, format_pattern
 
 PROMPT = [3, 4, 5, 9, 8, 7]

@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 from duo_mlx import conditional
-from duo_mlx.generation import RoutedModel
 from duo_mlx.policies import parse_route
+from duo_mlx.routed import RoutedModel
 from duo_mlx.routes import Route
 
 LAYERS = 4
@@ -199,7 +199,7 @@ def waits(monkeypatch):
             monkeypatch.setattr(mx.array, name, counted(name, getattr(mx.array, name)))
     for name in ("eval", "synchronize"):
         monkeypatch.setattr(mx, name, counted(name, getattr(mx, name)))
-    monkeypatch.setattr(conditional, "_read", counted("route", conditional._read))
+    monkeypatch.setattr(conditional, "read", counted("route", conditional.read))
     return counts
 
 

@@ -10,8 +10,8 @@ from mlx_lm.generate import generate_step
 import duo_mlx
 from duo_mlx import checkpoint, conditional, cost
 from duo_mlx.errors import DuoError
-from duo_mlx.generation import RoutedModel
 from duo_mlx.model import Model, ModelArgs
+from duo_mlx.routed import RoutedModel
 from duo_mlx.router import LinearRouter, Recorder, Router
 from duo_mlx.routes import LETTERS, Route
 

@@ -18,7 +18,8 @@ STRATEGIES = ("auto", "dense", "planned", "sorted", "sync", "masked", "fused")
 @click.option(
     "--route", metavar="SPEC", help="Where routes come from, see above.  [default: the model's default_route]"
 )
-@click.option("--speculate", metavar="SPEC", help="Draft tokens by this cheaper route, for --route to verify at once.")
+@click.option("--speculate", metavar="SPEC|default", help="Draft tokens by this cheaper route, for --route to verify "
+              "at once; default: the model's default_draft.")  # fmt: skip
 @click.option("--draft-tokens", metavar="K|auto", help="Draft so many before verifying; auto: as many as pay.")
 @click.option("--strategy", type=click.Choice(STRATEGIES), default="auto", show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=100, show_default=True)
@@ -82,9 +83,8 @@ def command(
     from duo_mlx.cli.painter import RoutePainter
     from duo_mlx.cli.statistics import Run
     from duo_mlx.errors import DuoError
-    from duo_mlx.generation import encode, policy_of, room, stream_generate
+    from duo_mlx.generation import draft_spec, encode, policy_of, room, stream_generate
     from duo_mlx.policies import FixedPolicy
-    from duo_mlx.router import Router
     from duo_mlx.sampling import Sampling
 
     loaded, tokenizer = load(model, revision=revision, lazy=True, fuse=True)
@@ -92,7 +92,8 @@ def command(
         _add_stop_token(tokenizer, token)
     spec = route or loaded.args.default_route
     policy = policy_of(loaded, spec, seed)
-    draft = None if speculate is None else policy_of(loaded, speculate, seed)
+    drafted_by = None if speculate is None else draft_spec(loaded, speculate)
+    draft = None if drafted_by is None else policy_of(loaded, drafted_by, seed)
     tokens = _encode_chat(tokenizer, prompt) if _wants_chat(tokenizer, chat) else encode(tokenizer, prompt)
     limit = room(loaded, policy, len(tokens))
     if limit is not None and limit < max_tokens:
@@ -101,7 +102,7 @@ def command(
     for used in filter(None, (policy, draft)):
         read_weights(loaded, used.pattern if isinstance(used, FixedPolicy) else None)
 
-    run = Run(loaded, spec, strategy, seed, by_router=isinstance(policy, Router), drafted_by=speculate)
+    run = Run(loaded, spec, strategy, seed, policy, drafted_by=drafted_by)
     painter = RoutePainter(tokenizer, tokens, sys.stdout) if show_routes and not as_json else None
     responses = stream_generate(
         loaded,

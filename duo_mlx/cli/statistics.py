@@ -8,7 +8,10 @@ import numpy as np
 
 from duo_mlx import auto, conditional, cost
 from duo_mlx.generation import Response
+from duo_mlx.lookahead import LookAhead
 from duo_mlx.model import Model
+from duo_mlx.routed import Source
+from duo_mlx.router import Router
 from duo_mlx.routes import Routes, histogram
 
 
@@ -22,15 +25,16 @@ class Run:
     """
 
     def __init__(
-        self, model: Model, spec: str, strategy: str, seed: int, by_router: bool, drafted_by: str | None = None
+        self, model: Model, spec: str, strategy: str, seed: int, policy: Source, drafted_by: str | None = None
     ):
         self.model = model
         self.spec = spec
-        self.by_router = by_router
+        self.by_router = isinstance(policy, Router | LookAhead)
         self.drafted_by = drafted_by
         if strategy == "auto":  # a single token with host-known routes is always planned
             weight = model.model.norm.weight
-            strategy = auto.choose(model.layers[0].mlp, 1, weight.dtype, "device") if by_router else "planned"
+            within = isinstance(policy, Router)
+            strategy = auto.choose(model.layers[0].mlp, 1, weight.dtype, "device") if within else "planned"
         self.strategy = strategy
         self.seed = seed
         self.text = ""

@@ -29,6 +29,7 @@ CHOICES = ("sB", "-B", "-sB")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option("--choices", type=click.Choice(CHOICES), default="sB", show_default=True,
               help="Routes to choose from: B big, s small, - skip.")  # fmt: skip
+@click.option("--look-ahead", is_flag=True, help="Decide all layers' routes before a token's pass, see above.")
 @click.option("--budget", "budgets", multiple=True, type=click.FloatRange(0, 1, min_open=True, max_open=True),
               default=(0.5,), show_default=True, metavar="SHARE",
               help="Of big, over all layers; may be repeated.")  # fmt: skip
@@ -49,9 +50,10 @@ CHOICES = ("sB", "-B", "-sB")
 def command(context: click.Context, /, **options: Any) -> None:
     """Train a router, beside everything else as it is (stage 3).
 
-    One linear map a layer decides each token's route. DIR becomes a model directory with the router in it, and with
-    several budgets a folder with one for each. Then `generate --route router` uses it, and `--route router:0.3` takes
-    the threshold at which a router takes big in three tenths of all layers and tokens, as it was measured on the
+    One linear map a layer decides each token's route, from the layer's hidden state or, with --look-ahead, from the
+    token's embedding and the final state of the token before. DIR becomes a model directory with the router in it, and
+    with several budgets a folder with one for each. Then `generate --route router` uses it, and `--route router:0.3`
+    takes the threshold at which a router takes big in three tenths of all layers and tokens, as it was measured on the
     training text.
 
     \b
@@ -86,6 +88,8 @@ def _check(context: click.Context, options: dict[str, Any]) -> None:
         for name in names:
             if other != objective and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 raise click.UsageError(f"--{name.replace('_', '-')} goes with --objective {other}, not {objective}")
+    if objective == "mixture" and options["look_ahead"]:
+        raise click.UsageError("--look-ahead goes with --objective gains or labels, not mixture")
     if objective == "labels" and options["oracle"] is None:
         raise click.UsageError("--objective labels needs --oracle DIR, what duo-mlx oracle made")
 
@@ -130,8 +134,13 @@ def _train(options: dict[str, Any], budget: float) -> None:
         options,
         stage,
         model,
-        own | {"objective": objective, "budget": budget, "choices": options["choices"]},
-        config={"router_choices": options["choices"], "router_bias": True, "router_offsets": []},
+        own | {"objective": objective, "budget": budget} | {name: options[name] for name in ("choices", "look_ahead")},
+        config={
+            "router_choices": options["choices"],
+            "router_bias": True,
+            "router_looks_ahead": options["look_ahead"],
+            "router_offsets": [],
+        },
         settle=settle(choices, None if objective == "mixture" else budget),
     )
 

@@ -22,7 +22,7 @@ from duo_mlx import threshold
 from duo_mlx.errors import DuoError
 from duo_mlx.files import output_directory, refuse_foreign, write_text, writing
 from duo_mlx.model import Model
-from duo_mlx.router import Recorder, Router
+from duo_mlx.routed import RoutedModel, Source
 from duo_mlx.routes import Route, Routes
 from duo_mlx.study.losses import token_losses
 from duo_mlx.study.results import Found
@@ -104,13 +104,12 @@ def _is_of(model: Model, found: Found) -> bool:
 
 
 def run(
-    model: Model, router: Router, inputs: NDArray[np.integer], targets: NDArray[np.integer]
+    model: Model, router: Source, inputs: NDArray[np.integer], targets: NDArray[np.integer]
 ) -> tuple[NDArray[np.float32], Routes]:
-    """Losses ``[length]`` and routes ``[length, layers]`` of a sequence in one pass by its router."""
-    recorder = Recorder(router)
-    losses = token_losses(model(mx.array(inputs[None]), routes=recorder), targets)[0]
-    taken = np.stack([np.array(each).reshape(-1) for each in recorder.taken], axis=-1).astype(np.uint8)
-    return losses, model.args.realised(taken)
+    """Losses ``[length]`` and routes ``[length, layers]`` of a sequence by its router."""
+    routed = RoutedModel(model, router)
+    losses = token_losses(routed(mx.array(inputs[None])), targets)[0]
+    return losses, routed.taken(0, len(inputs))[0]
 
 
 def refuse_existing(out: Path, force: bool) -> None:

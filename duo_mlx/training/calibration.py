@@ -5,13 +5,16 @@ share and offset. Where the next offset is to be, so that shares lie evenly, is 
 big's logit less the largest other one, of which the wanted share must be above the threshold.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from duo_mlx.lookahead import LookAhead
 from duo_mlx.model import Model
+from duo_mlx.routed import RoutedModel
 from duo_mlx.router import LinearRouter, Router
 from duo_mlx.routes import Route
 from duo_mlx.training.job import Settle
@@ -22,20 +25,44 @@ SHARES = np.linspace(0.05, 0.95, 19)
 Curve = list[tuple[float, float]]  # share of big, offset
 
 
-class Margins(Router):
-    """A linear router with an offset for big, that keeps how far big's logit is above the others without it."""
+class Margins:
+    """How far big's logit is above the largest other one, kept for all that a router was asked.
 
-    def __init__(self, router: LinearRouter, offset: float):
-        self.router, self.choices = router, mx.array(router.choices)
+    Args:
+        choices: the router's.
+        offset: for big, when it comes to routes.
+    """
+
+    def __init__(self, choices: Sequence[int], offset: float):
+        self.choices, self.kept = mx.array(choices), [mx.zeros(0)]
         self.moved = offset * (self.choices == Route.BIG)
-        self.margins: list[mx.array] = []  # [...] a layer
+
+    def routes(self, logits: mx.array) -> mx.array:
+        """Routes ``[...]`` by ``logits [..., choices]``."""
+        logits, big = logits.astype(mx.float32), self.choices == Route.BIG
+        best, others = (mx.where(each, logits, -mx.inf).max(axis=-1) for each in (big, ~big))
+        self.kept.append((best - others).reshape(-1))
+        return self.choices[mx.argmax(logits + self.moved, axis=-1)]
+
+
+class LayerMargins(Router):
+    """A router that is asked layer by layer, and its margins."""
+
+    def __init__(self, router: LinearRouter, margins: Margins):
+        self.router, self.margins = router, margins
 
     def routes(self, layer: int, x: mx.array) -> mx.array:
-        logits = self.router.logits(layer, x).astype(mx.float32)
-        big = self.choices == Route.BIG
-        best, others = (mx.where(each, logits, -mx.inf).max(axis=-1) for each in (big, ~big))
-        self.margins.append(best - others)
-        return self.choices[mx.argmax(logits + self.moved, axis=-1)]
+        return self.margins.routes(self.router.logits(layer, x))
+
+
+class AheadMargins(LookAhead):
+    """A router that looks ahead, and its margins."""
+
+    def __init__(self, router: LookAhead, margins: Margins):
+        self.router, self.margins = router, margins
+
+    def routes(self, embedded: mx.array, before: mx.array) -> mx.array:
+        return self.margins.routes(self.router.logits(embedded, before))
 
 
 def curve(model: Model, windows: NDArray[np.integer], shares: NDArray[np.float64] = SHARES) -> Curve:
@@ -57,14 +84,14 @@ def offset_for(found: Curve, share: float) -> float:
 
 def _passed(model: Model, windows: NDArray[np.integer], offset: float) -> tuple[NDArray[np.float32], float]:
     """All margins of a pass at that offset, and the share of big in it."""
-    every, big = [], []
-    for window in windows:
-        router = Margins(model.router(), offset)
-        mx.eval(model(mx.array(window[None]), routes=router))
-        margins = np.stack([np.array(each).ravel() for each in router.margins])
-        every.append(margins.ravel())
-        big.append(float((margins + offset > 0).mean()))
-    return np.concatenate(every), float(np.mean(big))
+    router = model.router()
+    margins = Margins(router.choices, offset)
+    asked = AheadMargins(router, margins) if isinstance(router, LookAhead) else LayerMargins(router, margins)
+    # one by one their memory is less; side by side a router that looks ahead steps through all of them at once
+    for each in [windows] if isinstance(router, LookAhead) else windows[:, None]:
+        mx.eval(RoutedModel(model, asked)(mx.array(each)))
+    found = np.concatenate([np.array(each) for each in margins.kept])
+    return found, float((found + offset > 0).mean())
 
 
 def settle(choices: tuple[int, ...], budget: float | None) -> Settle:

@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from duo_mlx.model import Model
-from duo_mlx.router import Follow
+from duo_mlx.routed import ask
 from duo_mlx.routes import Route, Routes
 from duo_mlx.training.routers import RouterLearns
 from duo_mlx.training.routing import VALIDATION
@@ -62,18 +62,14 @@ class Gains(RouterLearns):
 
     def _differences(self, model: Model, windows: mx.array, routes: Routes) -> tuple[mx.array, mx.array]:
         """What two passes' losses differ by, and what the router says, ``[sequences, length]``."""
-        tokens, router = windows[:, :-1], model.router()
+        tokens = windows[:, :-1]
         expected = self._expected(model, windows)
         losses, sums = [], []
         for which in range(2):
-            follow = Follow(routes[:, which])
-            logits = model(tokens, routes=follow, strategy="sorted").astype(mx.float32)
+            logits, said = ask(model, tokens, routes[:, which])
+            logits = logits.astype(mx.float32)
             losses.append(mx.logsumexp(logits, axis=-1) - expected(logits))
-            said = [
-                (router.logits(layer, mx.stop_gradient(x)) * self.one_hot(follow.given[..., layer])).sum(axis=-1)
-                for layer, x in enumerate(follow.inputs)
-            ]
-            sums.append(mx.stack(said).sum(axis=0))
+            sums.append((said * self.one_hot(mx.array(routes[:, which]))).sum(axis=(-2, -1)))
         return mx.stop_gradient(losses[1] - losses[0]), sums[0] - sums[1]
 
     def _expected(self, model: Model, windows: mx.array) -> Callable[[mx.array], mx.array]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
-from duo_mlx.router import Follow
+from duo_mlx.routed import ask
 from duo_mlx.routes import Routes, format_pattern
 from duo_mlx.training.routers import RouterLearns
 from duo_mlx.training.stage import Drawn
@@ -58,12 +58,8 @@ class Labels(RouterLearns):
 
     def _compared(self, model: Model, inputs: NDArray[Any], routes: Routes) -> tuple[mx.array, mx.array]:
         """The loss of the labels and the share of them that has the largest logit, ``[sequences]``."""
-        follow, router = Follow(routes), model.router()
-        mx.eval(model(mx.array(inputs), routes=follow, strategy="sorted"))
-        losses, agreed = [], []
-        for layer, x in enumerate(follow.inputs):
-            logits = router.logits(layer, mx.stop_gradient(x)).astype(mx.float32)
-            true = self.one_hot(follow.given[..., layer])
-            losses.append((mx.logsumexp(logits, axis=-1) - (true * logits).sum(axis=-1)).mean(axis=-1))
-            agreed.append((true * self.one_hot(router.routes(layer, x))).sum(axis=-1).mean(axis=-1))
-        return mx.stack(losses).mean(axis=0), mx.stack(agreed).mean(axis=0)
+        _, said = ask(model, mx.array(inputs), routes)
+        true = self.one_hot(mx.array(routes))
+        told = mx.logsumexp(said, axis=-1) - (true * said).sum(axis=-1)
+        agreed = mx.argmax(said, axis=-1) == mx.argmax(true, axis=-1)
+        return told.mean(axis=(1, 2)), agreed.mean(axis=(1, 2))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from duo_mlx.model import Model
-from duo_mlx.router import Recorder
+from duo_mlx.routed import RoutedModel
 from duo_mlx.routes import Route
 from duo_mlx.training.passes import Passes, cross_entropy
 
@@ -35,10 +35,10 @@ class RouterLearns:
 
     def hard(self, model: Model, windows: mx.array) -> dict[str, mx.array]:
         """The loss by the router's own routes, ``hard``, and the share of big among them, ``share``."""
-        recorder = Recorder(model.router())
-        logits = model(windows[:, :-1], routes=recorder)
-        big = mx.stack([(routes == Route.BIG).astype(mx.float32).mean(axis=-1) for routes in recorder.taken])
-        return {"hard": cross_entropy(logits, windows[:, 1:]), "share": big.mean(axis=0)}
+        routed, (rows, length) = RoutedModel(model, model.router()), windows[:, :-1].shape
+        logits = routed(windows[:, :-1])
+        big = (routed.taken(0, length, rows) == Route.BIG).mean(axis=(1, 2))
+        return {"hard": cross_entropy(logits, windows[:, 1:]), "share": mx.array(big, mx.float32)}
 
     def one_hot(self, routes: mx.array) -> mx.array:
         """``[..., choices]`` of ``routes [...]``."""

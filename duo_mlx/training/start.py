@@ -72,7 +72,8 @@ def initialised(model: Model, seed: int) -> dict[str, mx.array]:
 def weights_of(directory: Path, changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """The configuration and the weights, unread, of a model directory to train.
 
-    ``changes`` are put over the configuration. Parameters that it has only by them begin with zeros.
+    ``changes`` are put over the configuration. Parameters that it has only by them begin with zeros, and so do routers
+    that they are about.
 
     Raises:
         DuoError: it is no Duo model, or a quantised one.
@@ -86,7 +87,12 @@ def weights_of(directory: Path, changes: Mapping[str, Any]) -> tuple[dict[str, A
     changed = {key: value for key, value in (config | dict(changes)).items() if key != "quantization_config"}
     if changes:
         shapes = checkpoint.parameters(Model(ModelArgs.from_dict(changed)))
-        same = {name: each for name, each in weights.items() if name in shapes and each.shape == shapes[name].shape}
+        anew = ".router." if "router_choices" in changes else None
+        same = {
+            name: each
+            for name, each in weights.items()
+            if name in shapes and each.shape == shapes[name].shape and not (anew and anew in name)
+        }
         weights = {name: same.get(name, mx.zeros(each.shape)) for name, each in shapes.items()}
     return changed, weights
 

@@ -70,8 +70,10 @@ def oracle(directory, tmp_path):
         ("--weights", "gumbel", "--budget", "0.3"),
         ("--objective", "gains", "--target", "big", "--choices", "-B"),
         ("--objective", "labels"),
+        ("--objective", "gains", "--look-ahead"),
+        ("--objective", "labels", "--look-ahead", "--choices", "-sB"),
     ],
-    ids=["mixture", "gumbel", "gains", "labels"],
+    ids=["mixture", "gumbel", "gains", "labels", "ahead", "labels ahead"],
 )
 def test_a_router_is_added_and_all_else_stays_as_it_was(directory, train, request, options):
     if "labels" in options:
@@ -83,6 +85,8 @@ def test_a_router_is_added_and_all_else_stays_as_it_was(directory, train, reques
     assert set(after) - routers == set(before) and len(routers) == 2 * 4
     assert all(mx.array_equal(each, after[name]) for name, each in before.items())
     assert any(np.array(after[name]).any() for name in routers)
+    assert config["router_looks_ahead"] is ("--look-ahead" in options)
+    assert checkpoint.fingerprint(out) == checkpoint.fingerprint(directory)
     assert config["best_patterns"] and config["router_bias"] is True and len(config["router_offsets"]) > 3
     assert record["method"] == "router" and record["recipe"]["choices"] == config["router_choices"]
     assert 0 <= record["validation"]["share"] <= 1
@@ -94,6 +98,13 @@ def test_a_router_is_added_and_all_else_stays_as_it_was(directory, train, reques
         assert made.exit_code == 0, made.output
         assert json.loads(made.stdout)["generation_tokens"] > 0
         assert list(duo_mlx.stream_generate(model, tokenizer, "w1 w2", route=route, max_tokens=2))
+
+
+def test_a_router_begins_anew_where_there_is_one(train):
+    options = ("--objective", "gains")
+    first, _ = train(*options, out="first")
+    second, _ = train(*options, out="second", model=first)
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
 def test_gains_meet_the_budget_without_a_share(train):
@@ -131,6 +142,7 @@ def test_it_goes_on_bit_for_bit(train, tmp_path):
     [
         (("--objective", "gains", "--alpha", "2"), "--alpha goes with --objective mixture, not gains"),
         (("--target", "big"), "--target goes with --objective gains, not mixture"),
+        (("--look-ahead",), "--look-ahead goes with --objective gains or labels, not mixture"),
         (("--oracle", "x"), "--oracle goes with --objective labels, not mixture"),
         (("--objective", "labels"), "--objective labels needs --oracle DIR"),
         (("--budget", "1.5"), "'--budget'"),
@@ -146,7 +158,7 @@ def test_oracles_that_are_of_no_use(text, directory, saved, oracle, tmp_path):
     labels = (text, "--out", tmp_path / "out", "--objective", "labels", "--oracle")
     refused("has no budget 1; its budgets are none, 2, and --oracle-budget names one",
             *labels, oracle, "--model", directory, "--budget", "0.25")  # fmt: skip
-    refused("is of another model, model", *labels, oracle, "--model", saved(small_intermediate_size=8)[0])
+    refused("is of another model, model", *labels, oracle, "--model", saved(small_intermediate_size=6)[0])
     refused("cannot be read; give the folder of a finished duo-mlx oracle",
             *labels, tmp_path / "nothing", "--model", directory)  # fmt: skip
     assert not (tmp_path / "out").exists()

@@ -156,6 +156,13 @@ def test_a_router_is_known_among_other_names(made, tmp_path, names, template):
     assert_same(stored.weights(tmp_path / "model"), weights)
 
 
+def test_a_router_that_looks_ahead_is_known_by_its_width(made, tmp_path):
+    directory, weights = made(router_looks_ahead=True)
+    convert(directory, tmp_path / "model", verify=True)
+    assert config_of(tmp_path / "model")["router_looks_ahead"] is True
+    assert_same(stored.weights(tmp_path / "model"), weights)
+
+
 @pytest.mark.parametrize("choices", ["sB", "Bs", "-B", "B-", "-s"])
 def test_what_rows_stand_for_is_the_users_to_say(made, tmp_path, choices):
     directory, weights = made(said=())
@@ -197,9 +204,10 @@ def swapped(tensors):
     }
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in layers", "ahead"])
 @pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
-def test_verify_compares_routers_by_what_they_decide(saved, skip_scope):
-    directory, _ = saved(**ROUTED, skip_scope=skip_scope)
+def test_verify_compares_routers_by_what_they_decide(saved, skip_scope, ahead):
+    directory, _ = saved(**ROUTED, skip_scope=skip_scope, router_looks_ahead=ahead)
     weights = stored.weights(directory)
     found = parity.measure(directory, config_of(directory), weights)
     assert [row.route for row in found] == ["big", "small", "skip", "random", "router"]

@@ -9,6 +9,7 @@ from mlx.utils import tree_unflatten
 from duo_mlx import checkpoint, threshold
 from duo_mlx.convert.reference import DuoConfig, DuoModel
 from duo_mlx.errors import DuoError
+from duo_mlx.routed import RoutedModel
 from duo_mlx.router import Recorder
 from duo_mlx.routes import LETTERS
 from duo_mlx.training import calibration
@@ -43,6 +44,8 @@ STAGES = {
     "big": Gains(*common("-B"), "big"),
     "labels": labels(),
 }
+CASES = {name: (stage, False) for name, stage in STAGES.items()}
+CASES |= {f"{name} ahead": (STAGES[name], True) for name in ("text", "big", "labels")}
 
 
 @pytest.fixture
@@ -56,9 +59,9 @@ def routed(trainer):
     return make
 
 
-@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
-def test_nothing_but_routers_changes_and_the_loss_falls(routed, settings, stage):
-    trained, state = routed(stage, settings=settings(decay=0.0))
+@pytest.mark.parametrize(("stage", "ahead"), CASES.values(), ids=CASES)
+def test_nothing_but_routers_changes_and_the_loss_falls(routed, settings, stage, ahead):
+    trained, state = routed(stage, settings=settings(decay=0.0), router_looks_ahead=ahead)
     before = {name: np.array(each) for name, each in checkpoint.parameters(trained.model).items()}
     assert len(state.moments.learned) == 2 * LAYERS
     windows, drawn = trained.batch(0)
@@ -74,9 +77,9 @@ def test_nothing_but_routers_changes_and_the_loss_falls(routed, settings, stage)
         assert np.array_equal(np.array(each), before[name]) != (".mlp.router." in name), name
 
 
-@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
-def test_a_batch_may_be_cut(routed, stage):
-    trained, _ = routed(stage)
+@pytest.mark.parametrize(("stage", "ahead"), CASES.values(), ids=CASES)
+def test_a_batch_may_be_cut(routed, stage, ahead):
+    trained, _ = routed(stage, router_looks_ahead=ahead)
     windows, drawn = trained.batch(3)
     whole = np.array(stage.loss(trained.model, mx.array(windows), drawn))
     parts = []
@@ -280,9 +283,10 @@ def test_routes_that_a_router_cannot_take_are_refused():
 # --- thresholds --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in layers", "ahead"])
 @pytest.mark.parametrize("choices", ["sB", "-B", "-sB"])
-def test_a_share_is_realised_by_the_curve(tiny_model, choices):
-    model = tiny_model(seed=2, router_choices=choices, router_bias=True)
+def test_a_share_is_realised_by_the_curve(tiny_model, choices, ahead):
+    model = tiny_model(seed=2, router_choices=choices, router_bias=True, router_looks_ahead=ahead)
     windows = np.random.default_rng(0).integers(0, 32, (8, 64))
     found = calibration.curve(model, windows)
     shares, moved = np.array(found).T
@@ -290,9 +294,9 @@ def test_a_share_is_realised_by_the_curve(tiny_model, choices):
     model.args.__dict__["router_offsets"] = tuple(found)
     try:
         for wanted in (0.25, 0.5, 0.7):
-            recorder = Recorder(model.router(threshold.offsets(model.args, f"router:{wanted}")))
-            mx.eval(model(mx.array(windows), routes=recorder))
-            assert np.mean([np.array(each) == 2 for each in recorder.taken]) == pytest.approx(wanted, abs=0.02)
+            routed = RoutedModel(model, model.router(threshold.offsets(model.args, f"router:{wanted}")))
+            mx.eval(routed(mx.array(windows)))
+            assert (routed.taken(0, 64, 8) == 2).mean() == pytest.approx(wanted, abs=0.02)
     finally:
         model.args.__dict__["router_offsets"] = ()
 
