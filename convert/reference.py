@@ -264,15 +264,15 @@ class DuoModel(nn.Module):
     def foresee(self, tokens: Tensor) -> Tensor:
         """Routes ``[batch, tokens, layers]`` by routers that look ahead, token by token.
 
-        A token's are decided from its embedding, normalised, and from what the last norm made of the token before it;
-        before the first one that is zeros. All tokens before are computed anew each time.
+        A token's are decided from its embedding and from what the last norm made of the token before it, each divided
+        by its root mean square; before the first one that is zeros. All tokens before are computed anew each time.
         """
         routes = tokens.new_zeros(len(tokens), 0, self.config.num_hidden_layers)
         embedded = self.model.embed_tokens(tokens)
-        embedded = embedded * torch.rsqrt(embedded.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
         before = torch.zeros_like(embedded[:, 0])
         for place in range(tokens.shape[1]):
-            seen = torch.cat([embedded[:, place], before], -1)
+            two = torch.stack([embedded[:, place], before], 1)
+            seen = (two * torch.rsqrt(two.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)).flatten(1)
             decided = torch.stack([layer.mlp.decide(seen) for layer in self.model.layers], -1)
             routes = torch.cat([routes, decided[:, None]], 1)
             before = self.final(tokens[:, : place + 1], routes)[0][:, -1]

@@ -1,7 +1,7 @@
 """Routers that look ahead: a token's routes in all layers, decided before its pass begins.
 
 A layer's router sees two things that are there by then: the token's embedding, and what the last norm made of the token
-before it, from which this one was predicted. So the routes are read once a token, and the pass is planned like any
+before it, from which this one was predicted; each normalised to a mean square of 1. So the routes are read once a token, and the pass is planned like any
 whose routes the host knows. It has a price: nothing of the token's own pass can be seen, and tokens must come one by
 one. A prompt's tokens need not be predicted; while they are read in one pass, they take the model's ``default_route``
 (`duo_mlx.routed`).
@@ -21,7 +21,7 @@ class LookAhead:
     Args:
         weights: ``[choices, 2 * hidden]`` a layer.
         choices: the routes that the rows of the weights stand for.
-        eps: of the norm of embeddings.
+        eps: of the norms.
         offsets: added to the logits of every layer, ``[choices]``.
         biases: added to a layer's logits, ``[choices]`` a layer.
     """
@@ -48,7 +48,7 @@ class LookAhead:
 
         Where there is no token before, its state is zeros.
         """
-        seen = mx.concatenate([mx.fast.rms_norm(embedded, None, self._eps), before], axis=-1)
+        seen = mx.concatenate([mx.fast.rms_norm(each, None, self._eps) for each in (embedded, before)], axis=-1)
         logits = (seen @ self._columns).astype(mx.float32)
         return logits.reshape(*seen.shape[:-1], -1, len(self.choices)) + self._offsets
 

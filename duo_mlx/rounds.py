@@ -9,6 +9,7 @@ import numpy as np
 from mlx_lm.generate import generation_stream
 
 from duo_mlx import conditional, cost
+from duo_mlx.lookahead import LookAhead
 from duo_mlx.model import Model
 from duo_mlx.policies import Policy
 from duo_mlx.routes import Routes
@@ -47,7 +48,8 @@ class Rounds:
     Args:
         model: a Duo.
         verify: the verifying routes.
-        draft: the drafts' routes.
+        draft: the drafts' routes. A router that looks ahead decides once a round, for the token after the last
+            verified one, and all drafts of the round take these; they are read with the round's tokens.
         strategy: of all passes.
         cache: of one sequence; it can take tokens back.
         sampling: of drafted and of verified tokens.
@@ -58,7 +60,7 @@ class Rounds:
         self,
         model: Model,
         verify: Policy,
-        draft: Policy,
+        draft: Policy | LookAhead,
         strategy: str,
         cache: list[Any],
         sampling: Sampling,
@@ -67,6 +69,7 @@ class Rounds:
         self._model, self._verify, self._draft, self._strategy = model, verify, draft, strategy
         self._cache, self._sampling, self._processors = cache, sampling, processors
         self._bytes = cost.pass_bytes(model)
+        self.foreseen: Routes | None = None  # [layers], by a draft that looks ahead; None before the first round
 
     def read(self, tokens: Sequence[int], chunk: int) -> None:
         """Fill the cache with ``tokens`` by the verifying routes, ``chunk`` in a pass."""
@@ -85,26 +88,43 @@ class Rounds:
         Fewer than ``wanted`` tokens are drafted where the draft's routes end.
         """
         start = self._cache[0].offset
-        drafts = wanted if self._draft.length is None else max(0, min(wanted, self._draft.length - start))
-        drafting = patterns(self._model, self._draft, start, start + drafts)
+        drafting = self._drafting(start, wanted)
+        drafts = len(drafting)
         verifying = patterns(self._model, self._verify, start, start + drafts + 1)
         shared = shared_layers(drafting, verifying[:-1])
         with mx.stream(generation_stream):
             before = mx.array([*history[:-1]] if self._processors else [], mx.uint32)
             inputs, hidden, drafted = self._drafts(before, mx.array([[history[-1]]], mx.uint32), drafting, shared)
             self._take_back(drafts, shared)
-            logprobs = self._verified(before, inputs, hidden, verifying, shared)
+            final = self._verified(inputs, hidden, verifying, shared)
+            logprobs = self._logprobs(self._model.head(final), before, inputs)
             if drafts:
                 tokens = mx.concatenate(inputs[1:], axis=1)[0]
                 stands, instead = self._sampling.judge(mx.concatenate(drafted), tokens, logprobs)
-                found = mx.concatenate([stands.astype(mx.uint32), tokens, instead])
+                found = [stands.astype(mx.uint32), tokens, instead]
             else:
-                found = self._sampling(logprobs)
-            read: Any = found.tolist()  # the round's only wait
+                found = [instead := self._sampling(logprobs)]
+            if isinstance(self._draft, LookAhead):  # the routes after each place, as if the text went on from there
+                ahead = self._draft.routes(self._model.model.embed_tokens(instead), final[0])
+                found.append(ahead.reshape(-1))
+            read: Any = mx.concatenate(found).tolist()  # the round's only wait
         accepted = (*read[:drafts], 0).index(0)
         self._take_back(drafts - accepted)
         chosen = [*read[drafts : drafts + accepted], read[2 * drafts + accepted]]
+        if foreseen := read[3 * drafts + 1 :]:
+            rows = np.array(foreseen, np.uint8).reshape(drafts + 1, -1)
+            self.foreseen = self._model.args.realised(rows[accepted])
         return Round(chosen, logprobs, drafts, *self._reads(start, drafting, verifying, shared))
+
+    def _drafting(self, start: int, wanted: int) -> Routes:
+        """The drafts' routes ``[drafts, layers]`` from position ``start`` on, at most ``wanted``."""
+        if isinstance(self._draft, LookAhead):
+            layers = self._model.args.num_hidden_layers
+            if self.foreseen is None:
+                return np.zeros((0, layers), np.uint8)
+            return np.broadcast_to(self.foreseen, (wanted, layers))
+        drafts = wanted if self._draft.length is None else max(0, min(wanted, self._draft.length - start))
+        return patterns(self._model, self._draft, start, start + drafts)
 
     def _drafts(
         self, before: mx.array, last: mx.array, drafting: Routes, shared: int
@@ -127,16 +147,14 @@ class Rounds:
             mx.async_eval(inputs[-1])  # the device works while the host builds the next step
         return inputs, hidden, logprobs
 
-    def _verified(
-        self, before: mx.array, inputs: list[mx.array], hidden: list[mx.array], verifying: Routes, shared: int
-    ) -> mx.array:
-        """Log-probabilities ``[inputs, vocab]`` of what follows each of the inputs, by the verifying routes."""
+    def _verified(self, inputs: list[mx.array], hidden: list[mx.array], verifying: Routes, shared: int) -> mx.array:
+        """What the last norm makes of each of the inputs, ``[1, inputs, hidden]``, by the verifying routes."""
         decoder = self._model.model
         last = decoder.embed_tokens(inputs[-1])
         last = decoder(last, self._cache, self._plan(verifying[-1:]), self._strategy, 0, shared)
         h = mx.concatenate([*hidden, last], axis=1) if hidden else last
-        out = decoder(h, self._cache, self._plan(verifying), self._strategy, shared)
-        return self._logprobs(self._model.head(out), before, inputs)
+        final: mx.array = decoder(h, self._cache, self._plan(verifying), self._strategy, shared)
+        return final
 
     def _plan(self, routes: Routes) -> list[Any]:
         """An entry a layer from ``routes [tokens, layers]``."""

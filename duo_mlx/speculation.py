@@ -30,6 +30,7 @@ from duo_mlx.lookahead import LookAhead
 from duo_mlx.model import Model
 from duo_mlx.policies import Policy
 from duo_mlx.rounds import LogitsProcessor, Round, Rounds, patterns
+from duo_mlx.routed import Source
 from duo_mlx.router import Router
 
 COMPARED = 1024  # positions over which a draft's bytes are compared with the verifier's
@@ -105,8 +106,8 @@ class Token:
 def speculate(
     model: Model,
     prompt: Sequence[int],
-    verify: Policy | Router,
-    draft: Policy | Router,
+    verify: Source,
+    draft: Source,
     *,
     draft_tokens: int | str | drafting.Lengths = "auto",
     strategy: str = "auto",
@@ -123,7 +124,7 @@ def speculate(
         model: a Duo.
         prompt: ids of the tokens to read, at least one.
         verify: the routes that decide the text, known to the host.
-        draft: cheaper ones, known to the host; where they end, nothing is drafted.
+        draft: cheaper ones, known to the host, or a router that looks ahead; where they end, nothing is drafted.
         draft_tokens: how many to draft in a round, ``auto``, or what else chooses (`duo_mlx.drafting`).
         strategy: of all passes.
         max_tokens: to generate; the verifying routes must reach as far.
@@ -180,8 +181,8 @@ def checked(
     return verify, draft, lengths
 
 
-def _known(model: Model, verify: Policy | Router, draft: Policy | Router) -> tuple[Policy, Policy]:
-    """Both, if the host knows them and the draft's routes are not the dearer ones."""
+def _known(model: Model, verify: Source, draft: Source) -> tuple[Policy, Policy | LookAhead]:
+    """Both, if the host knows them in time and the draft's routes are not the dearer ones, as far as that is known."""
     if isinstance(verify, Router | LookAhead):
         raise DuoError(
             "a router cannot verify: it decides token by token, and verification needs routes that are known before; "
@@ -190,8 +191,10 @@ def _known(model: Model, verify: Policy | Router, draft: Policy | Router) -> tup
     if isinstance(draft, Router):
         raise DuoError(
             "a router cannot draft: it decides within the pass, and speculation needs routes that are known before; "
-            "speculate by small, a pattern or budget:K"
+            "speculate by small, a pattern or budget:K, or by one that looks ahead"
         )
+    if isinstance(draft, LookAhead):
+        return verify, draft
     table = cost.weight_bytes(model)
     drafted, verified = (_mean_bytes(model, policy, table) for policy in (draft, verify))
     if drafted > verified:

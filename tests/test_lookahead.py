@@ -11,7 +11,10 @@ from duo_mlx import conditional
 from duo_mlx.convert.reference import DuoConfig, DuoModel
 from duo_mlx.errors import DuoError
 from duo_mlx.generation import policy_of
+from duo_mlx.rounds import Rounds
 from duo_mlx.routed import RoutedModel, ask
+from duo_mlx.routes import format_pattern
+from duo_mlx.sampling import Sampling
 from duo_mlx.speculation import speculate
 
 LAYERS, TOKENS = 4, 9
@@ -30,7 +33,9 @@ def in_pytorch(tiny_config):
     """``in_pytorch(model, ids)``: the reference's logits and routes."""
 
     def run(model, ids, **changes):
-        reference = DuoModel(DuoConfig.from_dict(tiny_config(router_choices=model.args.router_choices, **AHEAD, **changes)))
+        reference = DuoModel(
+            DuoConfig.from_dict(tiny_config(router_choices=model.args.router_choices, **AHEAD, **changes))
+        )
         weights = {name: torch.tensor(np.array(each)) for name, each in tree_flatten(model.parameters())}
         reference.load_state_dict(weights, strict=False)
         with torch.no_grad():
@@ -88,9 +93,7 @@ def test_a_prompt_takes_the_default_route_and_each_token_after_it_one_read(saved
         final, token = out[:, -1], int(mx.argmax(model.head(out)[0, -1]))
         expected.append((token, routes[0].tolist()))
     before = conditional.host_reads()
-    responses = duo_mlx.stream_generate(
-        model, tokenizer, prompt, route="router", max_tokens=6, prefill_step_size=chunk
-    )
+    responses = duo_mlx.stream_generate(model, tokenizer, prompt, route="router", max_tokens=6, prefill_step_size=chunk)
     assert [(response.token, response.routes.tolist()) for response in responses] == expected
     assert conditional.host_reads() - before <= 7  # mlx-lm may start one step more
     assert len({str(routes) for _, routes in expected}) > 1
@@ -121,3 +124,40 @@ def test_it_cannot_verify(made):
     steps = speculate(model, [1, 2], model.router(), policy_of(model, "small"))
     with pytest.raises(DuoError, match="a router cannot verify"):
         next(steps)
+
+
+# --- as a draft --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_drafts_take_the_routes_foreseen_after_the_verified_text(made, length):
+    model, prompt = made("-sB"), [3, 4, 5, 9, 8, 7]
+    router, big = model.router(), policy_of(model, "big")
+    rounds = Rounds(model, big, router, "auto", model.make_cache(), Sampling())
+    rounds.read(prompt[:-1], 2048)
+    history, seen = list(prompt), []
+    for number in range(8):
+        done = rounds.run(history, length)
+        assert done.drafted == (length if number else 0)
+        history += done.tokens
+        h = model.model.embed_tokens(mx.array([history]))
+        final = model.model(
+            h[:, :-1], None, conditional.plan([2] * LAYERS, 1, len(history) - 1, LAYERS, "auto"), "auto"
+        )
+        expected = router.read(h[:, -1], final[:, -1])[0]
+        np.testing.assert_array_equal(rounds.foreseen, expected)
+        seen.append(format_pattern(expected))
+    assert len(set(seen)) > 1
+    plain = speculate(
+        model, prompt, big, policy_of(model, "small"), draft_tokens=0, max_tokens=len(history) - len(prompt)
+    )
+    assert [step.token for step in plain] == history[len(prompt) :]
+
+
+def test_a_draft_that_looks_ahead_costs_no_wait_of_its_own(made, monkeypatch):
+    model, waits = made("sB"), []
+    monkeypatch.setattr(mx.array, "tolist", lambda array, real=mx.array.tolist: waits.append("") or real(array))
+    before = conditional.host_reads()
+    steps = list(speculate(model, [1, 2, 3], policy_of(model, "big"), model.router(), draft_tokens=2, max_tokens=9))
+    assert len(steps) == 9 and len(waits) == steps[-1].speculation.verifications
+    assert conditional.host_reads() == before
