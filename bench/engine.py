@@ -21,9 +21,9 @@ from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from numpy.typing import NDArray
 
 from duo_mlx import conditional
-from duo_mlx.generation import RoutedModel
 from duo_mlx.model import Model
-from duo_mlx.policies import FixedPolicy, Policy, ReplayPolicy
+from duo_mlx.policies import FixedPolicy, ReplayPolicy
+from duo_mlx.routed import RoutedModel, Source
 from duo_mlx.router import Recorder, Router
 from duo_mlx.routes import Routes
 
@@ -37,8 +37,8 @@ class Generator:
     """One way to generate, measured again and again.
 
     Args:
-        bind: what maps tokens and a cache to logits, from a position on; made anew for each run, since a `RoutedModel`
-            counts positions.
+        bind: what maps tokens and a cache to logits, from a position on, where positions before another one are the
+            prompt's; made anew for each run, since a `RoutedModel` counts positions.
         cache: a new prompt cache.
         context: ids of the tokens before every prompt, the same for each sequence of the batch; may be empty.
         batch: sequences at once.
@@ -47,7 +47,7 @@ class Generator:
 
     def __init__(
         self,
-        bind: Callable[[int], Call],
+        bind: Callable[[int, int], Call],
         cache: list[Any],
         context: Ids,
         batch: int,
@@ -55,8 +55,8 @@ class Generator:
     ):
         self._bind, self._cache, self._clock, self._batch = bind, cache, clock, batch
         self._context, self._prompt = len(context), 0
-        self._call = bind(0)
-        self._first = mx.array([])
+        self._call = bind(0, len(context))
+        self._first, self._final = mx.array([]), None
         if context:
             self._read(mx.array([list(context)] * batch))
 
@@ -67,23 +67,30 @@ class Generator:
         """
         self._rewind(self._context)
         self._prompt = self._context + len(prompts[0])
-        self._call = self._bind(self._context)
+        self._call = self._bind(self._context, self._prompt - 1)
         start = self._clock()
         tokens = mx.array([list(prompt) for prompt in prompts])
         self._read(tokens[:, :-1])
         self._first = self._step(tokens[:, -1:])
         mx.eval(self._first)
+        self._final = getattr(self._call, "final", None)  # what a router that looks ahead goes on from
         return self._clock() - start
 
-    def decode(self, tokens: int, after_each: Callable[[], object] = lambda: None) -> list[float]:
+    def decode(
+        self,
+        tokens: int,
+        after_each: Callable[[int], object] = lambda came: None,  # noqa: ARG005
+    ) -> list[float]:
         """Seconds from each token to the next, ``tokens - 1`` in number, after the prompts that were read last.
 
         Args:
             tokens: in each sequence, with the first, which the prefill gave.
-            after_each: is called after each of them.
+            after_each: is called after each of them, with how many tokens came at once in each sequence.
         """
         self._rewind(self._prompt)
-        self._call = self._bind(self._prompt)
+        self._call = self._bind(self._prompt, self._prompt)
+        if isinstance(self._call, RoutedModel):
+            self._call.final = self._final
         y, stamps = self._first, [self._clock()]  # that token is there; the step after it takes its time
         for number in range(tokens):
             following = self._step(y) if number + 1 < tokens else y
@@ -91,7 +98,7 @@ class Generator:
             y.tolist()  # the user has the token
             if number:
                 stamps.append(self._clock())
-                after_each()
+                after_each(1)
             y = following
         return np.diff(stamps).tolist()
 
@@ -119,7 +126,7 @@ class Generator:
 
 def routed(
     model: Model,
-    policy: Policy | Router,
+    policy: Source,
     strategy: str,
     context: Ids,
     batch: int,
@@ -127,16 +134,20 @@ def routed(
 ) -> Generator:
     """Generation by a Duo."""
     return Generator(
-        lambda start: RoutedModel(model, policy, strategy, start), model.make_cache(), context, batch, clock
+        lambda start, prompt: RoutedModel(model, policy, strategy, start, prompt),
+        model.make_cache(),
+        context,
+        batch,
+        clock,
     )
 
 
 def stock(model: llama.Model, context: Ids, batch: int, clock: Callable[[], float] = time.perf_counter) -> Generator:
     """Generation by one of mlx-lm's models."""
-    return Generator(lambda _: model, make_prompt_cache(model), context, batch, clock)
+    return Generator(lambda *_: model, make_prompt_cache(model), context, batch, clock)
 
 
-def strategy_ran(model: Model, policy: Policy | Router, strategy: str, batch: int) -> str:
+def strategy_ran(model: Model, policy: Source, strategy: str, batch: int) -> str:
     """What a strategy comes to while a batch is decoded, in the first layer; ``auto`` is none.
 
     Raises:

@@ -26,7 +26,11 @@ CONTEXTS = (256, 1024, 4096)  # tokens before the prompt, as far as the model ha
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell; ``quantisation`` is a name such as ``float32`` or ``4-bit``."""
+    """One cell; ``quantisation`` is a name such as ``float32`` or ``4-bit``.
+
+    ``speculate`` is the route that drafts for ``route`` to verify, and ``draft_tokens`` how many in a round, a number
+    or ``auto``; both are "" where nothing speculates.
+    """
 
     engine: str
     route: str
@@ -36,12 +40,15 @@ class Cell:
     generated_tokens: int
     batch: int
     context: int
+    speculate: str = ""
+    draft_tokens: str = ""
 
     @property
     def id(self) -> str:
         """The same cell has the same id in every result."""
         sizes = f"p{self.prompt_tokens} g{self.generated_tokens} b{self.batch} c{self.context}"
-        return f"{self.engine} {self.route} {self.strategy} {self.quantisation} {sizes}"
+        drafts = f" speculate {self.speculate} {self.draft_tokens}" if self.speculate else ""
+        return f"{self.engine} {self.route} {self.strategy} {self.quantisation} {sizes}{drafts}"
 
     @property
     def positions(self) -> int:
@@ -51,7 +58,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is varied. Every combination is a cell, but contexts beyond the first have ``deep_routes`` only."""
+    """What is varied. Every combination is a cell, but contexts beyond the first have ``deep_routes`` only.
+
+    Each of ``drafts`` is one more cell of every group of single sequences, by `verifying` and the strategy ``auto``.
+    """
 
     routes: tuple[str, ...]
     strategies: tuple[str, ...] = ("auto",)
@@ -61,6 +71,8 @@ class Grid:
     batches: tuple[int, ...] = (1,)
     contexts: tuple[int, ...] = (0,)
     deep_routes: tuple[str, ...] = UNIFORM
+    drafts: tuple[str, ...] = ()
+    draft_tokens: str = "auto"
 
     def groups(self, stored: str, peer: bool) -> list[list[Cell]]:
         """The cells, group by group.
@@ -72,11 +84,19 @@ class Grid:
         found = []
         quantisations = dict.fromkeys(quantisation(bits, stored) for bits in self.bits)
         for sizes in product(quantisations, self.prompts, self.generated, self.batches, self.contexts):
-            context = sizes[-1]
+            *_, batch, context = sizes
             routes = self.routes if context == self.contexts[0] else self.deep_routes
             cells = [Cell(DUO, route, strategy, *sizes) for route in routes for strategy in self.strategies]
+            if batch == 1 and (route := verifying(routes)):
+                plain = Cell(DUO, route, "auto", *sizes)
+                cells += [replace(plain, speculate=draft, draft_tokens=self.draft_tokens) for draft in self.drafts]
             found.append(cells + ([Cell(PEER, "big", "auto", *sizes)] if peer else []))
         return found
+
+
+def verifying(routes: Sequence[str]) -> str | None:
+    """The route that verifies drafts: the first that is known before its pass, so none of a router's."""
+    return next((route for route in routes if route != "router" and not route.startswith(PREFIX)), None)
 
 
 def quantisation(bits: int, stored: str) -> str:
@@ -99,7 +119,7 @@ def _half(args: ModelArgs) -> str:
 
 
 def _paper(args: ModelArgs) -> Grid:
-    """k big layers from all to none, mixes with skip, the model's own budgets and router, and depth of context."""
+    """k big layers from all to none, mixes with skip, the model's own budgets, router and draft, depth of context."""
     layers = args.num_hidden_layers
     counts = sorted({round(step * layers / min(layers, STEPS)) for step in range(min(layers, STEPS) + 1)}, reverse=True)
     between = [format_pattern(evenly_spaced(layers, count)) for count in counts[1:-1]]
@@ -107,7 +127,8 @@ def _paper(args: ModelArgs) -> Grid:
     known = [f"budget:{count}" for count in _quarters(layers) if count >= _cheapest(args)]
     random = ["random:0.5,0.5,0", "random:0.5,0.25,0.25"]
     routes = dict.fromkeys(["big", *between, "small", "skip", *turns, *known, *random, *_by_router(args)])
-    return Grid(tuple(routes), contexts=(0, *_depths(args, PROMPT + GENERATED)))
+    drafts = (args.default_draft,) if args.default_draft else ()
+    return Grid(tuple(routes), contexts=(0, *_depths(args, PROMPT + GENERATED)), drafts=drafts)
 
 
 def _by_router(args: ModelArgs) -> list[str]:
@@ -149,6 +170,21 @@ def _room(args: ModelArgs) -> float:
     """Positions that a cell may need; infinity where nothing limits them."""
     sliding = args.sliding_window if "sliding_attention" in args.layer_types else None
     return min(args.max_position_embeddings or math.inf, sliding or math.inf)
+
+
+def check_drafts(grid: Grid) -> None:
+    """Refuse drafts of which there would be no cell.
+
+    Raises:
+        DuoError: in one line.
+    """
+    why = ""
+    if 1 not in grid.batches:
+        why = "speculation is measured one sequence at a time; add --batch 1"
+    elif not all(map(verifying, (grid.routes, grid.deep_routes))):
+        why = "a router cannot verify; add a route that is known before its pass, such as --route big"
+    if grid.drafts and why:
+        raise DuoError(f"--speculate {grid.drafts[0]}: {why}")
 
 
 def check(groups: Sequence[Sequence[Cell]], args: ModelArgs) -> None:

@@ -58,7 +58,9 @@ def first_layers(model: Model, count: int) -> Model:
     args = model.args
     if count == args.num_hidden_layers:
         return model
-    cut = Model(replace(args, num_hidden_layers=count, layer_types=args.layer_types[:count], best_patterns=()))
+    cut = Model(
+        replace(args, num_hidden_layers=count, layer_types=args.layer_types[:count], best_patterns=(), default_draft="")
+    )
     weights: Any = dict(tree_flatten(model.parameters()))
     kept: Any = dict(tree_flatten(cut.parameters()))
     cut.load_weights([(name, weights[name]) for name in kept])

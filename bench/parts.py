@@ -32,6 +32,7 @@ from duo_mlx.bench.prefill import CLOCKS
 from duo_mlx.bench.record import check_output, run, write_output
 from duo_mlx.bench.system import system_record
 from duo_mlx.model import Layer, Model
+from duo_mlx.router import LinearRouter
 
 Build = Callable[[], mx.array]  # makes the unevaluated array that a part ends in
 
@@ -76,8 +77,8 @@ def parts(model: Model, cache: list[Any]) -> dict[str, Build]:
         "head": lambda: model.head(x),
         "sampling": lambda: sample(logits),
     }
-    if model.args.router_choices:
-        router = model.router()
+    router = model.router() if model.args.router_choices else None
+    if isinstance(router, LinearRouter):  # one that looks ahead is asked before the pass, not by its layers
 
         def read(layer: Layer, x: mx.array) -> mx.array:
             route = router.routes(layer.index, x)

@@ -26,9 +26,8 @@ from duo_mlx.bench.prefill import SHAPE
 from duo_mlx.errors import DuoError
 from duo_mlx.intervals import interval
 from duo_mlx.model import Model, ModelArgs
-from duo_mlx.policies import FixedPolicy, Policy
-from duo_mlx.routed import RoutedModel
-from duo_mlx.router import Router
+from duo_mlx.policies import FixedPolicy
+from duo_mlx.routed import RoutedModel, Source
 from duo_mlx.routes import Route, Routes
 
 PATTERNS = {"all-big": Route.BIG, "all-small": Route.SMALL, "all-skip": Route.SKIP}
@@ -139,7 +138,7 @@ class Decoder:
         return count
 
 
-def routed(model: Model, policy: Policy | Router, context: int, strategy: str = "auto", seed: int = 0) -> Decoder:
+def routed(model: Model, policy: Source, context: int, strategy: str = "auto", seed: int = 0) -> Decoder:
     """A decoder of the Duo by a policy or router, as ``duo-mlx generate`` runs it."""
     return Decoder(
         lambda: RoutedModel(model, policy, strategy, start=context), filled_cache(model, context, seed), context

@@ -5,6 +5,7 @@ with all of it, ``results.csv`` with a row a cell, and ``results.md``, a table.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ def read(path: Path) -> dict[str, Any]:
 
 def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no number")
+
+
+def routed(cell: Mapping[str, Any], short: Callable[[str], str] = str) -> str:
+    """How a cell's tokens are routed, for people: its route, and what drafts for it, each as ``short`` gives it."""
+    if not cell.get("speculate"):
+        return short(cell["route"])
+    many = "" if cell["draft_tokens"] == "auto" else f"{short(cell['draft_tokens'])} "
+    return f"{short(cell['route'])}, {many}drafts by {short(cell['speculate'])}"
 
 
 def check(record: Any, name: str) -> None:

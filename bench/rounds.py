@@ -21,6 +21,7 @@ from duo_mlx.bench.grid import PEER, Cell
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.meters import Meter
 from duo_mlx.bench.meters.window import Energy
+from duo_mlx.bench.speculating import Speculating
 from duo_mlx.bench.system import Conditions, changes, conditions
 from duo_mlx.generation import policy_of
 from duo_mlx.intervals import interval
@@ -104,9 +105,13 @@ class Case:
         self.generator.prefill(prompts)
         return float(np.mean(self.decode()))
 
-    def decode(self, after_each: Callable[[], object] = lambda: None) -> list[float]:
+    def decode(self, after_each: Callable[[int], object] = lambda came: None) -> list[float]:  # noqa: ARG005
         """Decode after the last prefill: seconds from token to token."""
         return self.generator.decode(self.cell.generated_tokens, after_each)
+
+    def speculation(self) -> dict[str, Any] | None:
+        """What speculation came to since the last prefill; None where nothing speculates."""
+        return self.generator.record() if isinstance(self.generator, Speculating) else None
 
     def note_routes(self, layers: int) -> None:
         """Keep what the last decoding's routes were."""
@@ -127,11 +132,20 @@ def cases(
             case = Case(cell, record, generator, "")
         else:
             policy = policy_of(model, cell.route, seed)
-            generator = engine.routed(model, policy, cell.strategy, prompts.context(cell), cell.batch)
+            if cell.speculate:
+                draft = policy_of(model, cell.speculate, seed)
+                generator = Speculating(
+                    model, policy, draft, cell.strategy, prompts.context(cell), draft_tokens=cell.draft_tokens
+                )
+            else:
+                generator = engine.routed(model, policy, cell.strategy, prompts.context(cell), cell.batch)
             ran = engine.strategy_ran(model, policy, cell.strategy, cell.batch)
             case = Case(cell, record, generator, ran, isinstance(policy, Router))
         record["strategy_ran"] = case.ran
         case.generate(prompts.of(cell, 0))
+        if isinstance(generator, Speculating):
+            generator.forget()  # times of what had never run would mislead it for long
+            case.generate(prompts.of(cell, 0))
         case.note_routes(len(model.layers))
         made.append(case)
     return made
@@ -214,7 +228,7 @@ def run(
     tokens: list[list[float]] = []
     decode = Counted(session.meter, settings.window)
     while not tokens or not decode.over:
-        tokens.append(case.decode(lambda: decode.add(cell.batch)))
+        tokens.append(case.decode(lambda came: decode.add(cell.batch * came)))
     decode_energy = decode.record(session.idle)
 
     peak = mx.get_peak_memory()
@@ -228,6 +242,7 @@ def run(
         "working_bytes": max(0, peak - start),
         "prefill_energy": prefill_energy,
         "decode_energy": decode_energy,
+        "speculation": case.speculation(),
         "invalid_why": sorted({*changes(session.began, before), *changes(before, after)}),
     }
 

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from duo_mlx import speculation
 from duo_mlx.bench import engine, figures, folder, grid, parts, quality, reading, results, rounds, summary, touched
 from duo_mlx.bench.grid import DUO, PEER, Cell
 from duo_mlx.bench.meters import Meter
@@ -27,8 +28,9 @@ from duo_mlx.bench.rounds import Case, Prompts, Session, Settings
 from duo_mlx.bench.subject import Subject
 from duo_mlx.bench.system import Conditions, cautions, conditions, system_record
 from duo_mlx.errors import DuoError
-from duo_mlx.generation import RoutedModel, policy_of
+from duo_mlx.generation import policy_of
 from duo_mlx.model import Model
+from duo_mlx.routed import RoutedModel
 from duo_mlx.router import Router
 
 IDLE = 10.0  # s in which the idle computer's energy is measured
@@ -152,6 +154,13 @@ def _check(groups: Sequence[Sequence[Cell]], subject: Subject, length: int) -> N
             raise DuoError(
                 f"--route {cell.route}: holds routes for {recorded} positions; {max(cell.positions, length)} are needed"
             )
+    drafting = (cell for cell in asked if cell.speculate)
+    for route, draft, many in dict.fromkeys((c.route, c.speculate, c.draft_tokens) for c in drafting):
+        model = subject.model(subject.stored)
+        try:
+            speculation.checked(model, policy_of(model, route), policy_of(model, draft), many)
+        except DuoError as error:
+            raise DuoError(f"--speculate {draft}: {error}") from None
     named = (cell for cell in asked if cell.strategy not in ("auto", "dense"))  # which run anywhere
     for bits, route, strategy, batch in dict.fromkeys((c.quantisation, c.route, c.strategy, c.batch) for c in named):
         model = subject.model(bits)
@@ -166,7 +175,7 @@ def _unmeasured(cell: Cell) -> dict[str, Any]:
         {"id": cell.id}
         | asdict(cell)
         | {"strategy_ran": "", "big_layers": None, "valid": False, "invalid_why": ["not measured"], "done": False}
-        | {"runs": [], "summary": None, "quality": None}
+        | {"runs": [], "speculation": None, "summary": None, "quality": None}
     )
 
 
@@ -247,6 +256,13 @@ def _add_parts(result: dict[str, Any], model: Model, cell: Cell) -> None:
         result["parts"].append({"quantisation": cell.quantisation, "context": cell.context} | found)
 
 
+def _gpu_work(model: Model, case: Case) -> dict[str, Any] | None:
+    """A token's work on an Apple GPU; None of speculation: it is of passes over one token."""
+    if case.cell.speculate:
+        return None
+    return gpu_work(model, case.cell.quantisation, case.routes, _half_way(case.cell), case.by_router)
+
+
 def _half_way(cell: Cell) -> int:
     """Positions that the token in the middle of a generation attends to."""
     return cell.context + cell.prompt_tokens + cell.generated_tokens // 2
@@ -258,6 +274,10 @@ def _summarise(cases: Sequence[Case], model: Model, result: dict[str, Any], done
     counted = []
     for case in cases:
         case.note_routes(layers)
+        case.record["speculation"] = found = summary.speculation(case.record["runs"])
+        if found:
+            counted.append((found["bytes_per_token"], found["flops_per_token"]))
+            continue
         read = touched.bytes_per_token(model, case.routes, _half_way(case.cell), case.ran, case.by_router)
         counted.append((read, touched.flops_per_token(model, case.routes, _half_way(case.cell), case.ran)))
     for case, (read, flops) in zip(cases, counted, strict=True):
@@ -277,10 +297,9 @@ def _summarise(cases: Sequence[Case], model: Model, result: dict[str, Any], done
         )
         lost = sorted({why for each in record["runs"] for why in each["invalid_why"]})
         valid = record["summary"] is not None
-        context = _half_way(case.cell)
         record |= {
             "big_layers": mix["big"] * layers,
-            "gpu_work": gpu_work(model, case.cell.quantisation, case.routes, context, case.by_router),
+            "gpu_work": _gpu_work(model, case),
             "valid": valid,
             "done": done,
             "invalid_why": [] if valid else lost,

@@ -7,6 +7,7 @@ within them. A round of which a run is invalid does not count for its cell; noth
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,27 @@ def tpot_ratio(cell: Sequence[Run], baseline: Sequence[Run]) -> Interval | None:
     """TPOT of the baseline over the cell's."""
     own, others = (by_round(valid_rounds(runs), tpot) for runs in (cell, baseline))
     return None if own is None or others is None else paired_ratio(others, own)
+
+
+def speculation(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """What speculation came to over the valid runs, a cell's ``speculation``; None without any."""
+    counts = [run["speculation"] for both in valid_rounds(runs).values() for run in both if run.get("speculation")]
+    if not counts:
+        return None
+    drafted, accepted = (
+        [sum(place) for place in zip_longest(*(count[key] for count in counts), fillvalue=0)]
+        for key in ("drafted", "accepted")
+    )
+    verifications = sum(count["verifications"] for count in counts)
+    tokens = verifications + sum(accepted)
+    return {
+        "drafted": drafted,
+        "accepted": accepted,
+        "verifications": verifications,
+        "tokens_per_verification": tokens / verifications,
+        "bytes_per_token": sum(count["weight_bytes"] + count["cache_bytes"] for count in counts) / tokens,
+        "flops_per_token": sum(count["flops"] for count in counts) / tokens,
+    }
 
 
 def summarise(cell: dict[str, Any], baseline: dict[str, Any], facts: Mapping[str, Any]) -> dict[str, Any] | None:

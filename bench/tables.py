@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from duo_mlx.bench import results
+
 Row = dict[str, Any]
 SIZES = {
     "prompt_tokens": "prompt tokens",
@@ -35,7 +37,9 @@ def _row(cell: Mapping[str, Any]) -> Row:
     summary = (cell["valid"] and cell["summary"]) or {}
     quality = (cell["valid"] and cell["quality"]) or {}
     share, between, mix = summary.get("roofline_share"), summary.get("inter_token_s", {}), summary.get("route_mix", {})
-    named = ("id", "engine", "route", "strategy", "strategy_ran", *SIZES, "big_layers", "valid")
+    drafts = (cell["valid"] and cell.get("speculation")) or {}
+    routed = ("engine", "route", "speculate", "draft_tokens", "strategy", "strategy_ran")
+    named = ("id", *routed, *SIZES, "big_layers", "valid")
     return {
         **{name: cell.get(name) for name in named},
         "invalid_why": "; ".join(cell["invalid_why"]),
@@ -59,7 +63,17 @@ def _row(cell: Mapping[str, Any]) -> Row:
         "kl_nats": quality.get("kl"),
         "argmax_agreement_percent": _scaled(quality.get("argmax_agreement"), 100),
         "held_out_tokens": quality.get("tokens"),
+        "tokens_per_verification": drafts.get("tokens_per_verification"),
+        "verifications": drafts.get("verifications"),
+        **{name: sum(drafts[name]) if drafts else None for name in ("drafted", "accepted")},
+        "accepted_by_position_percent": " ".join(f"{100 * share:.4g}" for share in accepted(drafts)),
     }
+
+
+def accepted(speculation: Mapping[str, Any]) -> list[float]:
+    """By position in a round, the share of drafted tokens that stood; of a cell's ``speculation``, empty or not."""
+    both = (speculation.get(name, ()) for name in ("accepted", "drafted"))
+    return [stood / drafted for stood, drafted in zip(*both, strict=True)]
 
 
 def _scaled(value: float | None, scale: float) -> float | None:
@@ -144,6 +158,13 @@ TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
         "agreement %": _figure("argmax_agreement_percent"),
     },
 }
+SPECULATION: dict[str, Callable[[Row], str]] = {
+    "tokens per verification": _figure("tokens_per_verification"),
+    "verifications": _figure("verifications"),
+    "drafted": _figure("drafted"),
+    "accepted": _figure("accepted"),
+    "% accepted by position": lambda row: row["accepted_by_position_percent"].replace(" ", " / "),
+}
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -164,11 +185,15 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield "- Again:"
     yield ""
     yield f"      {' '.join(result['command'].split())}"
-    for title, columns in TABLES.items() if valid else ():
+    tables = {title: (valid, columns) for title, columns in TABLES.items()}
+    tables["Speculation"] = [row for row in valid if row["verifications"]], SPECULATION
+    for title, (shown, columns) in tables.items():
+        if not shown:
+            continue
         yield ""
         yield f"## {title}"
         yield ""
-        yield from _table(valid, varying, columns)
+        yield from _table(shown, varying, columns)
         if title == "Energy":
             yield from _of_energy(result, valid)
     for title, cells in (
@@ -187,7 +212,8 @@ def _table(valid: Sequence[Row], varying: Sequence[str], columns: Mapping[str, C
     texts = {heading: [text(row) for row in valid] for heading, text in columns.items()}
     shown = {heading: column for heading, column in texts.items() if any(column)}
     if shown:
-        named = {name: [_safe(row[name]) for row in valid] for name in ("route", "engine")}
+        named = {"route": [_safe(results.routed(row)) for row in valid]}
+        named |= {"engine": [_safe(row["engine"]) for row in valid]}
         named |= {"strategy": [_safe(_strategy(row)) for row in valid]}
         named |= {SIZES[size]: [_safe(row[size]) for row in valid] for size in varying}
         yield "| " + " | ".join((*named, *shown)) + " |"

@@ -5,7 +5,7 @@ import numpy as np
 
 from duo_mlx import cost
 from duo_mlx.ffns import nbytes
-from duo_mlx.model import Model
+from duo_mlx.model import Model, ModelArgs
 from duo_mlx.routes import Route, Routes
 
 
@@ -35,6 +35,21 @@ def bytes_per_token(model: Model, routes: Routes, context: int, ran: str, by_rou
     # where skipping bypasses attention, too, it is done for all sequences or for none
     attended = caches.of(np.where(big | small, Route.BIG, Route.SKIP))
     return float((weights.fixed + read.sum(axis=1).mean()) / batch + attended.mean())
+
+
+def round_flops(args: ModelArgs, drafting: Routes, verifying: Routes, shared: int, context: int) -> int:
+    """FLOPs of a round of speculation: of each draft step, and of the pass that verifies.
+
+    Args:
+        args: a model's.
+        drafting: ``[drafts, layers]`` as realised.
+        verifying: ``[drafts + 1, layers]`` as realised.
+        shared: first layers that the verifying pass leaves to the drafts, but for its last token.
+        context: positions attended to.
+    """
+    table = cost.flops(args, context)
+    left = table.by_route[np.arange(shared), verifying[:-1, :shared]].sum()
+    return int(table.of(drafting).sum() + table.of(verifying).sum() - left)
 
 
 def flops_per_token(model: Model, routes: Routes, context: int, ran: str) -> float:

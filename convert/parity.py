@@ -97,7 +97,7 @@ def measure(
 
 def _by_router(reference: "DuoModel", model: Model, inputs: NDArray[np.int64]) -> Parity:
     expected, routes = _run(reference, inputs, None)
-    logits, said = ask(model, mx.array(inputs), routes)
+    logits, said = ask(model, mx.array(inputs), routes.astype(np.uint8))
     row = compare("router", expected, np.array(logits))
     choices = model.router().choices
     rows = mx.array([choices.index(route) if route in choices else 0 for route in Route])[mx.array(routes)]

@@ -273,10 +273,13 @@ class DuoModel(nn.Module):
         for place in range(tokens.shape[1]):
             two = torch.stack([embedded[:, place], before], 1)
             seen = (two * torch.rsqrt(two.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)).flatten(1)
-            decided = torch.stack([layer.mlp.decide(seen) for layer in self.model.layers], -1)
+            decided = torch.stack([ffns.decide(seen) for ffns in self._ffns()], -1)
             routes = torch.cat([routes, decided[:, None]], 1)
             before = self.final(tokens[:, : place + 1], routes)[0][:, -1]
         return routes
+
+    def _ffns(self) -> "list[DuoFFN]":
+        return [module for module in self.model.layers.modules() if isinstance(module, DuoFFN)]
 
     def final(self, tokens: Tensor, routes: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the last norm gives, ``[batch, tokens, hidden]``, and the routes ``[batch, tokens, layers]``."""

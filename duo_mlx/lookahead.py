@@ -1,10 +1,10 @@
 """Routers that look ahead: a token's routes in all layers, decided before its pass begins.
 
 A layer's router sees two things that are there by then: the token's embedding, and what the last norm made of the token
-before it, from which this one was predicted; each normalised to a mean square of 1. So the routes are read once a token, and the pass is planned like any
-whose routes the host knows. It has a price: nothing of the token's own pass can be seen, and tokens must come one by
-one. A prompt's tokens need not be predicted; while they are read in one pass, they take the model's ``default_route``
-(`duo_mlx.routed`).
+before it, from which this one was predicted; each normalised to a mean square of 1. So the routes are read once a
+token, and the pass is planned like any whose routes the host knows. It has a price: nothing of the token's own pass can
+be seen, and tokens must come one by one. A prompt's tokens need not be predicted; while they are read in one pass, they
+take the model's ``default_route`` (`duo_mlx.routed`).
 """
 
 from collections.abc import Sequence

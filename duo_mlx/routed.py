@@ -130,7 +130,8 @@ def ask(model: Model, tokens: mx.array, routes: Routes) -> tuple[mx.array, mx.ar
     router = model.router()
     if isinstance(router, LookAhead):
         h = model.model.embed_tokens(tokens)
-        planned = conditional.plan(routes, *tokens.shape, model.args.num_hidden_layers, "sorted")
+        batch, length = tokens.shape
+        planned = conditional.plan(routes, batch, length, model.args.num_hidden_layers, "sorted")
         final = model.model(h, None, planned, "sorted")
         before = mx.pad(final[:, :-1], [(0, 0), (1, 0), (0, 0)])
         return model.head(final), router.logits(mx.stop_gradient(h), mx.stop_gradient(before))

@@ -50,6 +50,18 @@ class Sampling:
         """The distribution ``[..., vocab]`` from which a token is drawn; the temperature must not be 0."""
         return mx.softmax(self._scaled(logprobs).astype(mx.float32), axis=-1)
 
+    def acceptance(self, drafted: mx.array, verified: mx.array) -> mx.array:
+        """The probability ``[...]`` with which `judge` lets a drafted token stand: the sum of min(p, q).
+
+        Args:
+            drafted: log-probabilities ``[..., vocab]`` by which it is drafted (q); logits do where nothing is filtered.
+            verified: those at the same places by which it is verified (p).
+        """
+        if not self.temp:
+            agreed: mx.array = mx.argmax(drafted, axis=-1) == mx.argmax(verified, axis=-1)
+            return agreed.astype(mx.float32)
+        return mx.minimum(self.probabilities(verified), self.probabilities(drafted)).sum(axis=-1)
+
     def judge(self, drafted: mx.array, tokens: mx.array, verified: mx.array) -> tuple[mx.array, mx.array]:
         """Which drafted tokens stand, and what comes instead of each: speculative sampling (arXiv 2211.17192).
 

@@ -168,8 +168,8 @@ def speculate(
 
 
 def checked(
-    model: Model, verify: Policy | Router, draft: Policy | Router, draft_tokens: int | str | drafting.Lengths
-) -> tuple[Policy, Policy, drafting.Lengths]:
+    model: Model, verify: Source, draft: Source, draft_tokens: int | str | drafting.Lengths
+) -> tuple[Policy, Policy | LookAhead, drafting.Lengths]:
     """What `speculate` works with, of its arguments of the same names.
 
     Raises:

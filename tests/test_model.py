@@ -79,7 +79,9 @@ def test_all_missing_keys_are_named(tiny_config):
         ModelArgs.from_dict(tiny_config(hidden_size=None, vocab_size=None))
 
 
-@pytest.mark.parametrize("key", ["small_size", "skip_scopes", "default_routes", "routing", "router_budget"])
+@pytest.mark.parametrize(
+    "key", ["small_size", "skip_scopes", "default_routes", "default_drafts", "routing", "router_budget"]
+)
 def test_an_unknown_routing_key_is_an_error(tiny_config, key):
     with pytest.raises(DuoError, match=f"routing keys that are not known: {key}$"):
         ModelArgs.from_dict(tiny_config(**{key: 1}))
@@ -103,6 +105,11 @@ def test_sizes_are_positive_integers(tiny_config, key, value):
         ({"layer_types": ["sliding_attention"] * 4}, "sliding_window must say how many tokens"),
         ({"default_route": "Bs"}, "default_route: .* has 2 characters, but the model has 4 layers"),
         ({"default_route": "random"}, "default_route: .* each of the 4 layers"),
+        ({"default_route": 5}, "default_route is 5; it must be a pattern as text"),
+        ({"default_draft": "Bs"}, "default_draft: .* has 2 characters, but the model has 4 layers"),
+        ({"default_draft": "router"}, "default_draft: .* each of the 4 layers"),
+        ({"default_draft": ["BBss"]}, "default_draft is .*; it must be a pattern as text"),
+        ({"default_draft": 0}, "default_draft is 0; it must be a pattern as text"),
     ],
 )
 def test_what_does_not_fit_together(tiny_config, changes, message):

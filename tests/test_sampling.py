@@ -119,6 +119,23 @@ def test_its_draws_follow_them(sampling):
     assert chance_of_counts(counts, by_definition(sampling, logprobs)) > FALSE_ALARM
 
 
+@pytest.mark.parametrize("sampling", SAMPLERS)
+def test_acceptance_is_the_probability_with_which_a_drafted_token_stands(sampling):
+    """Of each token that may be drafted, min(1, p / q), by the probability with which it is."""
+    drafted, verified = distributions(1, 50), distributions(2, 50)
+    q, p = (by_definition(sampling, each) for each in (drafted, verified))
+    stands = np.minimum(1, np.divide(p, q, out=np.zeros_like(p), where=q > 0))
+    np.testing.assert_allclose(np.array(sampling.acceptance(drafted, verified)), (q * stands).sum(axis=1), atol=1e-5)
+
+
+def test_acceptance_without_a_temperature_is_what_judge_says():
+    drafted, verified = distributions(1, 50), distributions(2, 51)
+    tokens = mx.argmax(drafted, axis=-1)
+    stands, _ = Sampling().judge(drafted, tokens, verified)
+    found = np.array(Sampling().acceptance(drafted, verified[:-1]))
+    assert found.tolist() == np.array(stands).tolist() and 0 < found.mean() < 1
+
+
 def test_all_tokens_are_few_enough_for_any_top_k():
     logprobs = distributions(1, 2)
     np.testing.assert_allclose(

@@ -239,7 +239,7 @@ class OneRoute(Router):
     ("options", "line"),
     [
         ({"speculate": OneRoute()}, "a router cannot draft: it decides within the pass"),
-        ({"route": OneRoute()}, "a router cannot verify: it decides within the pass"),
+        ({"route": OneRoute()}, "a router cannot verify: it decides token by token"),
         ({"route": "small", "speculate": "big"}, "draft's routes read .* bytes of weights a token and the verifying"),
         ({"route": "BsBB", "speculate": RandomPolicy(LAYERS, 0.9, 0.1)}, "speculate by cheaper routes"),
         ({"speculate": "BBB"}, "has 3 characters, but the model has 4 layers"),

@@ -17,11 +17,12 @@ POSITIONS = 100  # that a curve shows at most
 
 
 def parts(results: Sequence[Result]) -> Chart:
-    """Time a token of each batch-1 duo-mlx cell, by part."""
+    """Time a token of each batch-1 duo-mlx cell without speculation, by part."""
     shown: list[tuple[Cell, float, dict[str, float]]] = []
     notes = []
     for cell in usable(results):
-        if not cell.peer and cell.record["batch"] == 1 and (alone := _alone(cell)):
+        single = cell.record["batch"] == 1 and not cell.speculates  # whose tokens share passes
+        if not cell.peer and single and (alone := _alone(cell)):
             whole, total = cell.summary("tpot_s", "median"), sum(alone.values())
             if total > whole:
                 more = f"by {MS * (total - whole):.3g} ms ({1 - whole / total:.0%} of their sum)"
@@ -148,6 +149,7 @@ def spread(results: Sequence[Result]) -> Chart:
         ("machine", "cell", *(f"p{each} (ms)" for each in QUANTILES), "p99 (ms)", "longest (ms)", "tokens"),
         [each for each in series if each.points],
         NONE,
+        _together(results),
     )
 
 
@@ -174,7 +176,15 @@ def course(results: Sequence[Result]) -> Chart:
         ("machine", "cell", "generated token", "median (ms)"),
         [each for each in series if each.points],
         NONE,
+        _together(results),
     )
+
+
+def _together(results: Sequence[Result]) -> list[str]:
+    """What must be said of times from token to token where tokens come several at once."""
+    if not any(cell.speculates for cell in usable(results)):
+        return []
+    return ["Where drafts are verified, the tokens of a round come at once; its time is spread evenly over them."]
 
 
 def _line(cell: Cell) -> str:

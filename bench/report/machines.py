@@ -11,6 +11,7 @@ COLUMNS = (
     "route", "engine", "strategy", "TPOT (ms)", "TTFT (ms)", "tokens/s", "p95 (ms)", "speed-up", "byte ratio",
     "FLOP ratio", "% of roofline", "J/token gross", "J/token net", "EDP (mJ·s)", "loss", "KL", "agreement (%)",
 )  # fmt: skip
+DRAFTED = ("tokens per verification", "accepted (%)")  # where any cell speculates
 SHOWN = ("device", "chip", "model", "platform", "os", "memory_bytes", "power_source", "power_mode", "thermal_level")
 
 
@@ -54,16 +55,18 @@ def about(result: Result) -> Node:
 def summary(results: Sequence[Result]) -> Node:
     """The table of all cells, a body a result; ``data-value`` is what a script sorts by."""
     several = len(results) > 1
-    head = node("tr", *(node("th", node("button", column, type="button"), scope="col") for column in COLUMNS))
+    drafts = any(cell.speculates for result in results for cell in result.cells)
+    columns = COLUMNS + DRAFTED * drafts
+    head = node("tr", *(node("th", node("button", column, type="button"), scope="col") for column in columns))
     bodies = []
     for result in results:
-        first = node("th", result.label, scope="rowgroup", colspan=str(len(COLUMNS)))
+        first = node("th", result.label, scope="rowgroup", colspan=str(len(columns)))
         rows = [node("tr", first, class_="machine-row")] if several else []
-        bodies.append(node("tbody", *rows, *(_row(cell) for cell in result.cells)))
+        bodies.append(node("tbody", *rows, *(_row(cell, drafts) for cell in result.cells)))
     return boxed(node("table", node("thead", head), *bodies, id="cells"), "All cells; scrolls sideways")
 
 
-def _row(cell: Cell) -> Node:
+def _row(cell: Cell, drafts: bool) -> Node:
     record, quality = cell.record, cell.record["quality"] or {}
     energy = cell.summary("decode_energy") or {}
     figures = [
@@ -82,6 +85,10 @@ def _row(cell: Cell) -> Node:
         _scaled(quality.get("kl")),
         _scaled(quality.get("argmax_agreement"), 100.0),
     ]
+    if drafts:
+        counts = record.get("speculation") or {}
+        share = sum(counts["accepted"]) / sum(counts["drafted"]) if counts.get("drafted") else None
+        figures += [_scaled(counts.get("tokens_per_verification")), _scaled(share, 100.0)]
     name = cell.name.removeprefix(f"{PEER} ") if cell.peer else cell.name
     marks = [] if cell.usable else [node("span", " invalid", class_="mark", title=_invalid(cell))]
     return node(

@@ -49,6 +49,10 @@ class Cell:
         return bool(self.record["valid"] and self.record["summary"])
 
     @property
+    def speculates(self) -> bool:
+        return bool(self.record.get("speculate"))
+
+    @property
     def group(self) -> str:
         """The cells that it may be compared with."""
         return joined(self.result.machine, self.sizes)
@@ -98,11 +102,11 @@ class Names:
         }
 
     def brief(self, cell: dict[str, Any]) -> str:
-        """Route, and where they differ strategy and quantisation."""
-        route, keys = cell["route"], ["strategy_ran", "quantisation"]
+        """Route, what drafts for it, and where they differ strategy and quantisation."""
+        name, keys = results.routed(cell, short), ["strategy_ran", "quantisation"]
         if cell["engine"] == PEER:
-            route, keys = f"{PEER} {route}", keys[1:]
-        return joined(short(route), *(short(cell.get(key, "")) for key in keys if key in self._varied))
+            name, keys = short(f"{PEER} {cell['route']}"), keys[1:]
+        return joined(name, *(short(cell.get(key, "")) for key in keys if key in self._varied))
 
     def line(self, cell: dict[str, Any]) -> str:
         """The same with sizes, but for the context."""

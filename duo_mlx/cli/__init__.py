@@ -17,6 +17,7 @@ from duo_mlx.errors import DuoError
 
 COMMANDS = {
     "bench compare": "Compare two results of bench run, B against A, and fail where B is worse",
+    "bench draft": "Find the pattern that drafts best for --verify, by what TEXT has it accept and by what it costs",
     "bench report": "Show results of bench run: one page that opens offline, and plots",
     "bench run": "Measure what big, small and skip trade between latency, energy and quality, on this machine",
     "bench project": "Project what routing should bring on Apple chips, by strategy, size and quantisation",

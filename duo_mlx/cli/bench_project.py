@@ -25,6 +25,8 @@ Works = dict[str, dict[str, "Work"]]
 @click.option("--route", "route", metavar="SPEC", help="Compare this route with all big, see duo-mlx generate --help.")
 @click.option("--strategy", "strategies", multiple=True, type=click.Choice(STRATEGIES), help="May be repeated.")
 @click.option("--context", type=click.IntRange(min=1), help="Positions attended to.  [default: 512, or all there are]")
+@click.option("--speculate", metavar="SPEC", help="Project speculation with drafts by this pattern, and nothing else.")
+@click.option("--acceptance", metavar="F,F...|FILE", help="Of a round's 1st, 2nd ... draft; see below.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def command(
     path: str | None,
@@ -33,6 +35,8 @@ def command(
     route: str | None,
     strategies: tuple[str, ...],
     context: int | None,
+    speculate: str | None,
+    acceptance: str | None,
     as_json: bool,
 ) -> None:
     """Project what routing should bring on Apple chips, by strategy, size and quantisation.
@@ -41,19 +45,32 @@ def command(
     time that these should take, by strategy and mix of routes. For known shapes: from which size on skipping pays.
     Where `duo-mlx bench doctor` has measured this machine, its figures take the place of the reported ones.
 
+    With --speculate: the speed-up of speculation over all big, for the model and for known shapes of 1 B parameters and
+    more (4 bits where nothing else is asked for), the pattern stretched to their layers. --acceptance gives the shares
+    of drafted tokens that are accepted where all before them were (the last holds on), or the file that
+    `python -m duo_mlx.bench.speculated` wrote.
+
     \b
     Examples:
       duo-mlx bench project
       duo-mlx bench project --model models/duo --bits 4 --chip "M4 Max"
       duo-mlx bench project --route BBBBBBssssss --strategy planned --json
+      duo-mlx bench project --speculate small --acceptance 0.7,0.6 --chip "M3 Max"
     """
-    from duo_mlx.cli.projection_tables import lines
+    if (speculate is None) != (acceptance is None):
+        raise click.UsageError("--speculate and --acceptance go together: give the draft's pattern and its acceptance")
+    if speculate is not None and (route is not None or strategies):
+        raise click.UsageError("--speculate is projected against all big; leave out --route and --strategy")
+
     from duo_mlx.projection import ASSUMPTIONS, MIXES, SHAPES, machines
     from duo_mlx.work import imagined, usable, works
 
     on = machines(chips)
     model, name = _model(path, bits)
     context = _context(model, context)
+    if speculate is not None and acceptance is not None:
+        _print(_of_speculation(model, name, int(bits or 4), speculate, acceptance, context, on), as_json)
+        return
     mixes = MIXES if route is None else {"big": MIXES["big"], route: _mix(model, route)}
     found = works(model, mixes, context, strategies or [each for each in SHOWN if each in usable(model)])
     result: dict[str, Any] = {
@@ -64,12 +81,15 @@ def command(
         formats = [int(bits)] if bits else [4, 16]
         made = [(shape, each, imagined(args, each)) for shape, args in SHAPES.items() for each in formats]
         result["shapes"] = [_of_shape(*each, context, on) for each in made]
-    if as_json:
-        import json
+    _print(result, as_json)
 
-        click.echo(json.dumps(result))
-    else:
-        click.echo("\n".join(lines(result)))
+
+def _print(result: dict[str, Any], as_json: bool) -> None:
+    import json
+
+    from duo_mlx.cli.projection_tables import lines
+
+    click.echo(json.dumps(result) if as_json else "\n".join(lines(result)))
 
 
 def _model(path: str | None, bits: str | None) -> "tuple[Model, str]":
@@ -129,6 +149,30 @@ def _of_model(model: "Model", works: Works, machines: "list[Machine]") -> dict[s
             for strategy, each in works.items()
             for mix, work in each.items()
         ],
+    }
+
+
+def _of_speculation(
+    model: "Model", name: str, bits: int, spec: str, acceptance: str, context: int, machines: "list[Machine]"
+) -> dict[str, Any]:
+    from duo_mlx.bench import projected_speculation
+    from duo_mlx.bench.speculated import pattern_of
+    from duo_mlx.projection import ASSUMPTIONS, SHAPES
+    from duo_mlx.routes import format_pattern
+    from duo_mlx.work import imagined
+
+    pattern = pattern_of(model, "--speculate", spec)
+    shares = projected_speculation.read_acceptance(acceptance, spec)
+    shapes = {f"{each}, {bits} bits": imagined(SHAPES[each], bits) for each in projected_speculation.large_shapes()}
+    return {
+        "projection": (*ASSUMPTIONS, *projected_speculation.ASSUMPTIONS),
+        "speculation": {
+            "pattern": format_pattern(pattern),
+            "acceptance": shares,
+            "context": context,
+            "goal": {"speed_up": projected_speculation.GOAL, "parameters": projected_speculation.LARGE},
+            "rows": projected_speculation.project({name: model} | shapes, pattern, shares, context, machines),
+        },
     }
 
 

@@ -20,6 +20,9 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     """All of it, line by line."""
     yield "PROJECTION, not a measurement. It assumes:"
     yield from (f"  - {assumption}" for assumption in result["projection"])
+    if "speculation" in result:
+        yield from _speculation(result["speculation"])
+        return
     yield from _model(result["model"])
     shapes = result.get("shapes", [])
     if shapes:
@@ -87,3 +90,26 @@ def _prefill(shapes: list[dict[str, Any]]) -> Iterator[str]:
     yield "a slow GPU and a short wait to a fast GPU and a long wait:"
     for name, limits in {shape["name"]: shape["dense_beats_sorted_below_tokens"] for shape in shapes}.items():
         yield f"  {name:<14} {limits[0]:6.0f} to {limits[1]:6.0f}"
+
+
+def _speculation(found: dict[str, Any]) -> Iterator[str]:
+    goal = found["goal"]
+    yield ""
+    yield f"Drafts by {found['pattern']}, verified by all big, at a context of {found['context']}; accepted of a"
+    yield f"round's first, second ... drafted token: {', '.join(f'{share:.2f}' for share in found['acceptance'])}."
+    yield "Projected speed-up, and the number of drafted tokens (0: plain decoding is faster):"
+    for machine, growths in found["rows"][0]["on"].items():
+        yield ""
+        yield f"{machine}:"
+        rows = [["model", "draft reads", *growths]]
+        for row in found["rows"]:
+            on = row["on"][machine].values()
+            speeds = (f"x{each['speed_up']:.2f} ({each['draft_tokens']})" for each in on)
+            rows.append([row["name"], f"{row['draft_bytes_share']:.0%}", *speeds])
+        yield from (f"  {line}" for line in aligned(rows, left=1))
+        large = [row for row in found["rows"] if row["parameters"] >= goal["parameters"]]
+        for growth in growths:
+            reached = [row["name"] for row in large if row["on"][machine][growth]["speed_up"] >= goal["speed_up"]]
+            yield f"  x{goal['speed_up']:.1f} from {goal['parameters'] / 1e9:.0f} B parameters on, {growth}: " + (
+                "; ".join(reached) or "none"
+            )

@@ -34,7 +34,7 @@ class Margins:
     """
 
     def __init__(self, choices: Sequence[int], offset: float):
-        self.choices, self.kept = mx.array(choices), [mx.zeros(0)]
+        self.choices, self.kept = mx.array(list(choices)), [mx.zeros(0)]
         self.moved = offset * (self.choices == Route.BIG)
 
     def routes(self, logits: mx.array) -> mx.array:

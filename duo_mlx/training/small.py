@@ -16,6 +16,7 @@ import numpy as np
 
 from duo_mlx.model import Model
 from duo_mlx.routes import Route, Routes
+from duo_mlx.sampling import Sampling
 from duo_mlx.training.routing import UNIFORM, VALIDATION, RandomRouting
 from duo_mlx.training.stage import Drawn, randomness
 
@@ -59,17 +60,16 @@ class Draft(SmallLearns):
     def measure(self, model: Model, windows: mx.array, first: int) -> dict[str, mx.array]:
         """The loss by route; the divergence ``kl``, and the share of drafted tokens that all big ``accepted``.
 
-        A token that is sampled from the draft's distribution q is accepted with probability sum(min(p, q)), where p is
-        all big's (Leviathan et al., arXiv 2211.17192).
+        The probability with which a token that is sampled from the draft's distribution is accepted (Leviathan et al.,
+        arXiv 2211.17192).
         """
         tokens, length = windows[:, :-1], windows.shape[1] - 1
         drawn = [self.draw(randomness(self.seed, VALIDATION, first + row), length, 0) for row in range(len(windows))]
         routes, drafted = (np.stack([each[name] for each in drawn]) for name in ("routes", "drafted"))
         big, draft = self._big(model, tokens), model(tokens, routes=routes).astype(mx.float32)
-        shared = mx.minimum(mx.softmax(big, axis=-1), mx.softmax(draft, axis=-1)).sum(axis=-1)
         return super().measure(model, windows, first) | {
             "kl": _mean(_divergence(big, draft), drafted),
-            "accepted": _mean(shared, drafted),
+            "accepted": _mean(Sampling(1.0).acceptance(draft, big), drafted),
         }
 
     def _big(self, model: Model, tokens: mx.array) -> mx.array:

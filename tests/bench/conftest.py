@@ -1,5 +1,7 @@
 """A result of ``duo-mlx bench run`` as if it had been measured, for what reads results."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -112,17 +114,53 @@ def cell(route, engine, metered, slower, context, rounds):
     }
 
 
+DRAFTED = {"drafted": [40, 20], "accepted": [30, 10], "verifications": 40}  # 80 tokens
+
+
+def speculating(plain, rounds):
+    """The cell that is ``plain`` with drafts by small, in 0.85 of its time and energy."""
+    found = copy.deepcopy(plain)
+    tpot = 0.85 * plain["summary"]["tpot_s"]["median"]
+    found |= {
+        "id": f"{plain['id']} speculate small auto",
+        "speculate": "small",
+        "draft_tokens": "auto",
+        "gpu_work": None,
+    }
+    of_run = {name: np.multiply(value, 2).tolist() for name, value in DRAFTED.items()}
+    for run in found["runs"]:
+        run["token_s"] = [[0.85 * each for each in generation] for generation in run["token_s"]]
+        run["speculation"] = of_run | {"weight_bytes": 100_000_000, "cache_bytes": 4_000_000, "flops": 10**9}
+    found["speculation"] = {name: np.multiply(value, 2 * rounds).tolist() for name, value in of_run.items()} | {
+        "tokens_per_verification": 2.0,
+        "bytes_per_token": 650_000.0,
+        "flops_per_token": 1.5e6,
+    }
+    found["summary"] |= {
+        "tpot_s": interval(tpot),
+        "speed_up": interval(1 / 0.85),
+        "bytes_per_token": 650_000.0,
+        "byte_ratio": 1e6 / 650_000,
+        "flop_ratio": 1e6 / 1.5e6,
+    }
+    if found["summary"]["decode_energy"]:
+        found["summary"]["decode_energy"] = energy(20 * tpot / 3)
+    return found
+
+
 @pytest.fixture
 def made_result():
-    """``made_result(metered, slower, device, contexts, rounds)``: a valid result, whose times are ``slower`` times as
-    long."""
+    """``made_result(metered, slower, device, contexts, rounds, drafts)``: a valid result, whose times are ``slower``
+    times as long; with ``drafts`` its last cell speculates."""
 
-    def make(metered=True, slower=1.0, device="Test M9", contexts=(0,), rounds=5):
+    def make(metered=True, slower=1.0, device="Test M9", contexts=(0,), rounds=5, drafts=False):
         cells = [
             cell(route, engine, metered, slower, context, rounds)
             for context in contexts
             for engine, route in [("mlx-lm", "big"), *(("duo-mlx", route) for route in TPOT)]
         ]
+        if drafts:
+            cells.append(speculating(cells[1], rounds))
         parts = {"embedding": 0.0001, "attention": 0.004, "norms": 0.0005, "big": 0.012, "small": 0.003}
         record = {
             "schema": results.SCHEMA,

@@ -59,6 +59,16 @@ def test_ten_percent_slower_is_worse_and_the_other_way_better(made_result):
     assert {each.verdict for each in rows(better, "tpot_s")} == {"better"} and not better.regressed
 
 
+def test_speculation_is_compared_with_the_same_speculation(made_result):
+    name = f"{BIG} speculate small auto"
+    found = compare(made_result(drafts=True), made_result(drafts=True, slower=1.1))
+    assert fraction(row(found, "tpot_s", name).change.median) == pytest.approx(0.1)
+    assert compare(made_result(drafts=True), made_result()).only == {"A": [name], "B": []}
+    other = made_result(drafts=True)
+    other["cells"][-1] |= {"id": f"{BIG} speculate small 3", "draft_tokens": "3"}
+    assert name not in {each.cell for each in compare(made_result(drafts=True), other).rows}
+
+
 def test_against_itself_all_is_the_same(made_result):
     found = compare(made_result(), made_result())
     assert {each.verdict for each in found.rows} == {"same"} and not found.regressed and not found.notes

@@ -8,8 +8,9 @@ from mlx_lm.generate import generate_step
 from duo_mlx import conditional
 from duo_mlx.bench import engine, peer
 from duo_mlx.errors import DuoError
-from duo_mlx.generation import RoutedModel, policy_of
+from duo_mlx.generation import policy_of
 from duo_mlx.policies import FixedPolicy, ReplayPolicy
+from duo_mlx.routed import RoutedModel
 from duo_mlx.router import Recorder
 
 # its routers' weights are random, too; with a tied head it would repeat one token
@@ -162,15 +163,15 @@ def test_times_are_those_of_the_clock(tiny_model):
     after = []
     generator = engine.routed(model, policy_of(model, "big"), "auto", [], 1, clock)
     assert generator.prefill(PROMPTS[:1]) == 2.5
-    assert generator.decode(4, after_each=lambda: after.append(len(after))) == [1.0, 2.0, 3.0]
-    assert after == [0, 1, 2]
+    assert generator.decode(4, after_each=after.append) == [1.0, 2.0, 3.0]
+    assert after == [1, 1, 1]
 
 
 def test_all_the_work_of_a_run_is_timed_even_if_it_is_done_while_a_step_is_made(tiny_model):
     """As by a router's routes that are read layer by layer."""
     model, now = tiny_model(), [0.0]
 
-    def bind(start):
+    def bind(start, prompt):
         routed = RoutedModel(model, policy_of(model, "big"), start=start)
 
         def call(tokens, cache):
@@ -182,6 +183,18 @@ def test_all_the_work_of_a_run_is_timed_even_if_it_is_done_while_a_step_is_made(
     generator = engine.Generator(bind, model.make_cache(), CONTEXT, 1, lambda: now[0])
     assert generator.prefill(PROMPTS[:1]) == 5
     assert sum(generator.decode(6)) == 5
+
+
+def test_a_router_that_looks_ahead_goes_on_from_the_prompt(tiny_model, seen):
+    model, whole = tiny_model(**ROUTED, router_looks_ahead=True), CONTEXT + PROMPTS[0]
+    routed = RoutedModel(model, model.router(), prompt=len(whole) - 1)
+    expected, _ = by_mlx_lm(routed, whole)
+    generator = engine.routed(model, model.router(), "auto", CONTEXT, 1)
+    for _ in range(2):
+        assert run(generator, seen, PROMPTS[:1])[0] == [expected]
+        found = generator.routes()[:, 0]
+        np.testing.assert_array_equal(found, routed.routes(len(whole), len(whole) + TOKENS - 1)[0])
+    assert len({str(routes) for routes in found}) > 1
 
 
 def test_the_real_clock_gives_a_positive_time_for_each_token_after_the_first(tiny_model):

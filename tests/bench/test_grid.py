@@ -1,6 +1,7 @@
 """The grid of bench run: presets that fit the model and name routes that it has, and cells without room refused."""
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -59,6 +60,45 @@ def test_a_cell_keeps_its_id():
         ],
     ]
     assert [group[0].positions for group in groups] == [24, 56] * 2
+
+
+def test_drafts_are_cells_of_single_sequences_beside_what_verifies():
+    drafted = Grid(
+        ("router", "Bs-B", "big"), ("dense", "auto"), batches=(1, 4), contexts=(0, 32), drafts=("-s-B", "small")
+    )
+    ids = [[cell.id for cell in group if cell.speculate] for group in drafted.groups("float32", peer=True)]
+    single = [
+        [f"duo-mlx {route} auto float32 p64 g32 b1 c{context} speculate {draft} auto" for draft in ("-s-B", "small")]
+        for context, route in ((0, "Bs-B"), (32, "big"))
+    ]
+    assert ids == [*single, [], []]
+    group = drafted.groups("float32", peer=True)[0]
+    assert [cell.speculate for cell in group[-3:]] == ["-s-B", "small", ""] and group[-1].engine == "mlx-lm"
+    fixed = Grid(("big",), drafts=("small",), draft_tokens="3").groups("float32", peer=False)
+    assert [cell.id for group in fixed for cell in group][1:] == [
+        "duo-mlx big auto float32 p64 g32 b1 c0 speculate small 3"
+    ]
+    assert len(Grid(("router", "router:0.5"), drafts=("small",)).groups("float32", peer=False)[0]) == 2
+
+
+def test_presets_draft_as_the_model_does(args):
+    def drafts(name, **changes):
+        made = grid.preset(name, args(**changes))
+        return {cell.speculate for group in made.groups("float32", peer=False) for cell in group} - {""}
+
+    assert [drafts(name, default_draft="Bss-") for name in PRESETS] == [set(), {"Bss-"}, {"Bss-"}]
+    assert drafts("paper") == set()
+
+
+@pytest.mark.parametrize(("made", "line"), [
+    ({"batches": (2, 4)}, "--speculate small: speculation is measured one sequence at a time; add --batch 1"),
+    ({"routes": ("router", "router:0.5")}, "--speculate small: a router cannot verify; add a route that is known"),
+    ({"deep_routes": ("router",)}, "--speculate small: a router cannot verify"),
+])  # fmt: skip
+def test_drafts_without_a_cell_are_refused(made, line):
+    with pytest.raises(DuoError, match=re.escape(line)):
+        grid.check_drafts(Grid(**{"routes": ("big",), "drafts": ("small",)} | made))
+    grid.check_drafts(Grid(("big",), drafts=("small",)))
 
 
 def test_bits_that_the_model_is_stored_in_are_measured_once():

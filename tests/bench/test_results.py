@@ -85,6 +85,8 @@ DAMAGES = {
     "cells.1.engine": lambda record: record["cells"][1].update(engine="llama.cpp"),
     "cells.1.batch": lambda record: record["cells"][1].update(batch=0),
     "cells.1.summary": lambda record: record["cells"][1]["summary"]["tpot_s"].pop("low"),
+    "cells.5.speculation": lambda record: record["cells"][5]["speculation"].update(drafted=[0]),
+    "cells.5.runs.2.speculation": lambda record: record["cells"][5]["runs"][2]["speculation"].pop("flops"),
     "cells.1.quality": lambda record: record["cells"][1]["quality"].update(kl=None),
     "samples": lambda record: record["samples"]["policies"][0].update(patterns=["Bx"]),
     "texts.held_out": lambda record: record["texts"]["held_out"].pop("sha256"),
@@ -93,7 +95,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("place", DAMAGES)
 def test_damage_is_named_by_its_place(folder, made_result, place):
-    record = made_result()
+    record = made_result(drafts=True)
     DAMAGES[place](record)
     (folder / results.FILE).write_text(json.dumps(record))
     assert f"is damaged at {place}" in refused(folder)

@@ -83,7 +83,7 @@ class Worker:
         took = self.seconds(self.decoded)
         for _ in range(tokens - 1):
             self.machine.work(took, TOKEN_J * self.batch)
-            after_each()
+            after_each(1)
         self.decoded += 1
         return [took] * (tokens - 1)
 

@@ -360,6 +360,67 @@ def test_a_finished_result_is_only_replaced_by_force(run, tmp_path):
     assert again["cells"][0]["runs"] != first["cells"][0]["runs"]
 
 
+@pytest.fixture(scope="module")
+def drafted(subject, question, tmp_path_factory):
+    """A finished result with drafts, its folder, and how often quality was measured."""
+    out, real, measured = tmp_path_factory.mktemp("drafted") / "out", quality.measure, []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(quality, "measure", lambda *given: measured.append([*given[1]]) or real(*given))
+        asked = replace(GRID, generated=(9,), drafts=("Bs-s", "small"))
+        result = suite.run(question({"most_rounds": 2}, grid=asked), subject, out, Steady(), look=calm)
+    return out, result, measured
+
+
+def test_speculation_is_measured_beside_its_verifying_route(drafted):
+    out, result, measured = drafted
+    results.check(result, "the result")
+    assert results.read(out) == json.loads(json.dumps(result)) and result["complete"]
+    assert [(cell["route"], cell["speculate"], cell["draft_tokens"]) for cell in result["cells"][:5]] == [
+        ("big", "", ""), ("Bs-B", "", ""), ("big", "Bs-s", "auto"), ("big", "small", "auto"), ("big", "", ""),
+    ]  # fmt: skip
+    assert measured == [["big", "Bs-B"]]  # once, though each group has them
+    big, cell = result["cells"][0], result["cells"][2]
+    assert cell["quality"] == big["quality"] and cell["big_layers"] == 4 and cell["strategy_ran"] == "planned"
+    assert cell["summary"]["route_mix"] == big["summary"]["route_mix"]
+    assert cell["gpu_work"] is None and big["gpu_work"] is not None and big["speculation"] is None
+    assert "big, drafts by Bs-s" in (out / "results.md").read_text()
+
+
+def test_speculations_figures_are_of_accepted_tokens(drafted):
+    _, result, _ = drafted
+    big = result["cells"][0]["summary"]
+    for cell in result["cells"][2:4]:
+        found, counts = cell["summary"], cell["speculation"]
+        runs = cell["runs"]
+        tokens = sum(len(each) for run in runs for each in run["token_s"])
+        assert {len(each) for run in runs for each in run["token_s"]} == {8}
+        assert counts["verifications"] + sum(counts["accepted"]) == tokens
+        assert counts["verifications"] == sum(run["speculation"]["verifications"] for run in runs)
+        assert counts["tokens_per_verification"] == pytest.approx(tokens / counts["verifications"])
+        read = sum(run["speculation"][key] for run in runs for key in ("weight_bytes", "cache_bytes"))
+        assert found["bytes_per_token"] == counts["bytes_per_token"] == pytest.approx(read / tokens)
+        assert found["byte_ratio"] == pytest.approx(big["bytes_per_token"] / found["bytes_per_token"])
+        assert found["flop_ratio"] == pytest.approx(big["flops_per_token"] / counts["flops_per_token"])
+        for run in runs:
+            timed = [second for each in run["token_s"] for second in each]
+            window = run["decode_energy"]
+            assert window["seconds"] >= max(0.02, sum(timed[: window["tokens"]]) - 1e-4)
+            assert window["total_j"] == pytest.approx(WATTS * window["seconds"])
+
+
+@pytest.mark.parametrize(("asked", "line"), [
+    ({"drafts": ("router",)}, "--speculate router: "),
+    ({"drafts": ("smaller",)}, "--speculate smaller: "),
+    ({"drafts": ("small", "big"), "routes": ("Bs-B",), "deep_routes": ("Bs-B",)},
+     "--speculate big: the draft's routes read "),
+    ({"drafts": ("small",), "draft_tokens": "few"}, "--speculate small: draft_tokens is few; it must be auto or a"),
+    ({"drafts": ("small",), "draft_tokens": "64"}, "--speculate small: draft_tokens is 64, but the model's context is"),
+])  # fmt: skip
+def test_drafts_that_cannot_be_are_refused_before_anything_is_measured(run, measured, tmp_path, asked, line):
+    unchanged(tmp_path / "out", line, lambda: run(asked={"grid": replace(GRID, **asked)}))
+    assert not measured and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("grid", "line"), [
     ({"routes": ("bigger",)}, "bigger"),
     ({"routes": ("router",)}, "router"),

@@ -115,6 +115,35 @@ def test_the_tables_hold_every_valid_cell(made_result):
     assert quality[0]["perplexity"] == "-"  # of mlx-lm
 
 
+def test_speculation_is_a_cell_like_others_and_has_a_table_of_its_own(made_result):
+    text = tables.markdown(made_result(drafts=True))
+    assert table(text, "Speed")[-1]["route"] == "big, drafts by small" and table(text, "Speed")[1]["route"] == "big"
+    assert table(text, "Speculation") == [
+        {
+            "route": "big, drafts by small",
+            "engine": "duo-mlx",
+            "strategy": "auto (planned)",
+            "tokens per verification": "2",
+            "verifications": "800",
+            "drafted": "1200",
+            "accepted": "800",
+            "% accepted by position": "75 / 50",
+        }
+    ]
+    assert "Speculation" not in tables.markdown(made_result()) and "No cell has" not in text
+    row, other = tables.rows(made_result(drafts=True))[-1], tables.rows(made_result())[1]
+    assert (row["route"], row["speculate"], row["draft_tokens"]) == ("big", "small", "auto")
+    assert (row["tokens_per_verification"], row["drafted"], row["accepted"]) == (2.0, 1200, 800)
+    assert row["accepted_by_position_percent"] == "75 50" and list(row) == list(other)
+    assert other["speculate"] is other["drafted"] is None and other["accepted_by_position_percent"] == ""
+
+
+def test_a_fixed_number_of_drafts_is_named(made_result):
+    result = made_result(drafts=True)
+    result["cells"][-1]["draft_tokens"] = "3"
+    assert table(tables.markdown(result), "Speed")[-1]["route"] == "big, 3 drafts by small"
+
+
 def test_sizes_are_columns_where_they_vary(made_result):
     text = tables.markdown(made_result(contexts=(0, 64)))
     assert {row["context"] for row in table(text, "Speed")} == {"0", "64"}

@@ -7,8 +7,10 @@ from click.testing import CliRunner
 
 from duo_mlx import work
 from duo_mlx.arguments import ModelArgs
+from duo_mlx.bench import projected_speculation
 from duo_mlx.cli import main
 from duo_mlx.projection import ASSUMPTIONS, MIXES, SHAPES, machines, project
+from duo_mlx.routes import parse_pattern
 
 
 def run(*arguments):
@@ -115,3 +117,41 @@ def test_the_strategies_are_the_librarys():
     from duo_mlx.cli.bench_project import STRATEGIES
 
     assert work.STRATEGIES == STRATEGIES
+
+
+def test_speculation_is_projected_with_all_its_assumptions(model, monkeypatch):
+    directory, held = model
+    monkeypatch.setattr("duo_mlx.projection.SHAPES", {"Llama 3.2 1B": SHAPES["Llama 3.2 1B"]})
+    monkeypatch.setattr("duo_mlx.bench.projected_speculation.SHAPES", {"Llama 3.2 1B": SHAPES["Llama 3.2 1B"]})
+    asked = ["--model", directory, "--speculate", "small", "--acceptance", "0.9,0.8", "--chip", "M3 Max 400"]
+    found = told(*asked)
+    assert found["projection"] == [*ASSUMPTIONS, *projected_speculation.ASSUMPTIONS] and "model" not in found
+    speculation = found["speculation"]
+    assert speculation["pattern"] == "ssss" and speculation["acceptance"] == [0.9] + [0.8] * 6
+    models = {f"{directory}, weights as stored": work.with_routers(held)} | {
+        "Llama 3.2 1B, 4 bits": work.imagined(SHAPES["Llama 3.2 1B"], 4)
+    }
+    pattern, on = parse_pattern("ssss", 4), machines(["M3 Max 400"])
+    expected = projected_speculation.project(models, pattern, speculation["acceptance"], 512, on)
+    assert speculation["rows"] == json.loads(json.dumps(expected))
+    done = run(*asked)
+    assert all(f"  - {assumption}\n" in done.stdout for assumption in projected_speculation.ASSUMPTIONS)
+    best = expected[1]["on"]["M3 Max (400 GB/s)"]["read once"]
+    assert f"x{best['speed_up']:.2f} ({best['draft_tokens']})" in done.stdout
+    assert "x1.5 from 1 B parameters on, read per row: none" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) < 140
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--speculate", "small"], "--speculate and --acceptance go together"),
+        (["--acceptance", "0.5"], "--speculate and --acceptance go together"),
+        (["--speculate", "small", "--acceptance", "0.5", "--route", "big"], "leave out --route and --strategy"),
+        (["--speculate", "random", "--acceptance", "0.5"], "--speculate random: must be one pattern for all tokens"),
+        (["--speculate", "small", "--acceptance", "high"], "--acceptance high: must be shares from 0 to 1"),
+    ],
+)
+def test_speculation_that_cannot_be_projected_is_refused(options, line):
+    done = run(*options)
+    assert done.exit_code != 0 and line in done.stderr + str(done.exception)

@@ -157,6 +157,26 @@ def test_repeated_options_replace_the_presets_lists(run, quick):
     ]
 
 
+def test_drafts_are_measured_beside_their_route(run, quick):
+    done = run("--route", "BBs-", "--speculate", "s-s-", "--draft-tokens", "2", "--tokens", "6", "--out", "out")
+    cells = measured(done, quick / "out")["cells"]
+    assert [(cell["route"], cell["speculate"], cell["draft_tokens"], cell["generated_tokens"]) for cell in cells] == [
+        ("BBs-", draft, many, tokens) for tokens in (2, 6) for draft, many in (("", ""), ("s-s-", "2"))
+    ]
+    assert "| BBs-, 2 drafts by s-s- | duo-mlx |" in done.stdout and "## Speculation" in done.stdout
+
+
+def test_a_models_own_draft(run, fails, quick, saved):
+    model = saved(max_position_embeddings=96, default_draft="Bss-")[0]
+    named = run("--route", "big", "--speculate", "default", "--out", "a", model=model)
+    preset = run("--preset", "paper", "--minutes", "0.001", "--out", "b", model=model)
+    other = run("--preset", "paper", "--minutes", "0.001", "--route", "small", "--out", "c", model=model)
+    drafts = [{cell["speculate"] for cell in measured(done, quick / out)["cells"]}
+              for done, out in zip((named, preset, other), "abc", strict=True)]  # fmt: skip
+    assert drafts == [{"", "Bss-"}, {"", "Bss-"}, {""}]
+    fails("speculate default: this model's config.json has no default_draft", "--speculate", "default")
+
+
 def test_a_preset_measures_what_it_says_where_nothing_is_asked(run, quick):
     brief = ("--prompt-tokens", "3", "--tokens", "2", "--minutes", "0.001", "--meter", "none", "--quality-tokens", "8")
     result = measured(run("--out", "out", brief=brief), quick / "out")
@@ -186,6 +206,12 @@ REFUSED = {
     "no rounds": (("--rounds", "0"), "'--rounds'"),
     "no tokens": (("--tokens", "1"), "'--tokens'"),
     "no file of routes": (("--route", "@none.npy"), "none.npy"),
+    "an unknown draft": (("--speculate", "huge"), "--speculate huge: "),
+    "a router that drafts": (("--speculate", "router"), "--speculate router: "),
+    "a dearer draft": (("--route", "small", "--speculate", "big"), "--speculate big: the draft's routes read "),
+    "drafts of a batch": (("--speculate", "small", "--batch", "2"), "--speculate small: speculation is measured one"),
+    "how many of no drafts": (("--draft-tokens", "3"), "--draft-tokens without --speculate"),
+    "no number of drafts": (("--speculate", "small", "--draft-tokens", "-1"), "draft_tokens is -1; it must be auto"),
     "a strategy without kernels": (("--route", "random", "--strategy", "fused"), "strategy 'fused' cannot run here"),
 }
 

@@ -119,7 +119,7 @@ def test_a_terminal_shows_it_by_the_letters(saved):
     ("arguments", "line"),
     [
         (("--speculate", "router"), "a router cannot draft: it decides within the pass"),
-        (("--route", "router", "--speculate", "small"), "a router cannot verify: it decides within the pass"),
+        (("--route", "router", "--speculate", "small"), "a router cannot verify: it decides token by token"),
         (("--route", "small", "--speculate", "big"), "bytes of weights a token and the verifying ones"),
         (("--speculate", "huge"), "route 'huge' is neither big"),
         (("--speculate", "budget:2"), "route 'budget:2': this model's config.json has no best_patterns"),

@@ -37,7 +37,7 @@ def grafted(saved, tmp_path):
     other = tmp_path / "grafted"
     other.mkdir()
     config = json.loads((directory / "config.json").read_text())
-    config |= {"best_patterns": [{"pattern": "BBBB", "loss": 1.0}], "default_route": "BsBB"}
+    config |= {"best_patterns": [{"pattern": "BBBB", "loss": 1.0}], "default_route": "BsBB", "default_draft": "BssB"}
     weights = {name: each.astype(mx.bfloat16) for name, each in checkpoint.parameters(model).items()}
     checkpoint.save(other, config, weights)
     for file in directory.glob("tokenizer*"):
@@ -65,6 +65,7 @@ def test_small_gets_better_and_all_else_stays_as_it_was(grafted, run, objective)
 def test_the_model_is_there_to_be_used(grafted, run):
     out, record, _ = run(grafted)
     config = json.loads((out / "config.json").read_text())
+    assert config["default_draft"] == "BssB"
     assert config["default_route"] == "BsBB" and config["small_layers"] == [1, 2] and "best_patterns" not in config
     model, tokenizer = duo_mlx.load(out)
     held_out = np.load(out / "tokens" / "held_out.npy").astype(np.int64)

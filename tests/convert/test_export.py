@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from duo_mlx import checkpoint, files
 from duo_mlx.convert import stored
+from duo_mlx.convert.directory import convert
 from duo_mlx.convert.export import export
 from duo_mlx.convert.keymaps import NAMES, named
 from duo_mlx.convert.quantise import quantise
@@ -79,7 +80,7 @@ def test_special_numbers_survive(duo, tmp_path):
 
 
 def test_a_directory_holds_what_pytorch_users_expect(duo, tmp_path):
-    directory, state = duo(limit=4000)
+    directory, state = duo(limit=4000, default_route="BBsB", default_draft="BssB")
     assert len(list(directory.glob("model-*.safetensors"))) > 2
     export(directory, tmp_path / "exported")
     exported = tmp_path / "exported"
@@ -91,6 +92,9 @@ def test_a_directory_holds_what_pytorch_users_expect(duo, tmp_path):
     found = open_checkpoint(exported)
     assert found.tensors.keys() == state.keys()
     assert all(same_bits(value, load_exported(exported)[name]) for name, value in state.items())
+    convert(exported, tmp_path / "back")
+    assert checkpoint.read_model(tmp_path / "back").args == checkpoint.read_model(directory).args
+    assert config["default_draft"] == "BssB"
 
 
 @pytest.mark.parametrize("names", [name for name in NAMES if name not in ("canonical", "gguf")])

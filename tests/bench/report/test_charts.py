@@ -184,6 +184,33 @@ def test_parts_of_other_quantisations_and_batches_are_not_taken(results):
     assert not costs.parts([result]).series
 
 
+def test_speculation_stands_beside_plain_decoding(results):
+    (result,) = results({"drafts": True})
+    name = "big, drafts by small"
+    chart = tradeoffs.quality([result])
+    assert labels(series(chart, "no cell is better in both").points) == ["small", "BBss", name]
+    assert labels(series(chart, "another is better in both").points) == ["big"]
+    points = {point.label: point for point in series(tradeoffs.latency_layers([result]), "duo-mlx").points}
+    assert (points[name].x, points[name].y) == (points["big"].x, pytest.approx(0.85 * points["big"].y)) == (4, 17)
+    assert name not in costs.parts([result]).names and "big" in costs.parts([result]).names
+    assert name in costs.roofline([result]).names and name in costs.spread([result]).names
+    (note,) = costs.spread([result]).notes
+    assert "spread evenly" in note and note in costs.course([result]).notes and not costs.spread(results()).notes
+    assert [each.name for each in costs.context(results({"drafts": True, "contexts": (0, 512)})).series][-1] == name
+    assert name not in [row[1] for row in projected.speed_up([result]).rows]
+    for chart in page.charts(results({"drafts": True, "contexts": (0, 512)}, {"device": "Test M1"})):
+        go.Figure(figures.figure(chart, themes.LIGHT))
+        assert all(len(row) == len(chart.columns) for row in chart.rows)
+
+
+def test_long_routes_keep_their_drafts_apart(results):
+    (result,) = results({"drafts": True})
+    for cell, draft in zip(result.record["cells"][:3], ("", "B" * 30 + "s" * 30, "B" * 31 + "s" * 29), strict=True):
+        cell |= {"engine": "duo-mlx", "route": "B" * 60, "speculate": draft, "draft_tokens": "auto"}
+    names = [cell.name for cell in result.cells[:3]]
+    assert len(set(names)) == 3 and names[1].startswith("B" * 47 + "…, drafts by " + "B" * 30 + "s")
+
+
 def test_cost_against_context_needs_two(results):
     assert "Only one context was measured, 0 tokens" in costs.context(results()).why
     chart = costs.context(results({"contexts": (512, 0)}))

@@ -119,6 +119,16 @@ def test_the_table_has_a_row_a_cell_in_a_group_a_machine(made_result):
     assert bare["J/token gross"] == bare["EDP (mJ·s)"] == "-"
 
 
+def test_the_table_says_what_speculation_came_to(made_result):
+    table = machines.summary(rows.labelled([("", made_result(drafts=True))])).find("table")
+    lines = [["".join(cell.itertext()) for cell in row] for row in (table.find("thead")[0], *table.find("tbody"))]
+    assert {len(line) for line in lines} == {len(machines.COLUMNS) + 2}
+    assert (lines[-1][0], lines[-1][-2:]) == ("big, drafts by small", ["2", "66.67"]) and lines[2][-2:] == ["-", "-"]
+    text = built(rows.labelled([("", made_result(drafts=True))]))
+    assert "big, drafts by small" in text and "tokens per verification" in text
+    assert "tokens per verification" not in built(rows.labelled([("", made_result())]))
+
+
 def test_a_number_beyond_all_numbers_is_refused(made_result, tmp_path):
     record = made_result()
     record["cells"][0]["summary"]["tpot_s"]["median"] = 12345.5

@@ -40,6 +40,13 @@ def test_the_same_chart_is_the_same_file(made_result, tmp_path):
         static.write([chart], tmp_path / "a", False)
 
 
+def test_speculation_is_drawn_by_its_name(made_result, tmp_path):
+    static.write(page.charts(rows.labelled([("", made_result(drafts=True))])), tmp_path, False)
+    drawn = [each.text for each in ElementTree.parse(tmp_path / "quality.svg").iter("{http://www.w3.org/2000/svg}text")]
+    assert "big, drafts by small" in drawn
+    assert "big, drafts by small" in (tmp_path / "roofline.csv").read_text()
+
+
 @pytest.mark.parametrize("name", ["_hidden", "$x", "<b>&", "\u4f60\u597d", "B" * 200])
 def test_any_name_can_be_drawn(made_result, tmp_path, name):
     record = made_result()
