@@ -171,7 +171,7 @@ def test_all_the_work_of_a_run_is_timed_even_if_it_is_done_while_a_step_is_made(
     """As by a router's routes that are read layer by layer."""
     model, now = tiny_model(), [0.0]
 
-    def bind(start, prompt):
+    def bind(start, _):
         routed = RoutedModel(model, policy_of(model, "big"), start=start)
 
         def call(tokens, cache):
