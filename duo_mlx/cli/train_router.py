@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # equal to WEIGHTS of duo_mlx.training.mixture and TARGETS of duo_mlx.training.gains, which need mlx
 OBJECTIVES = {
     "mixture": ("weights", "alpha", "temperature", "final_temperature"),
-    "gains": ("target",),
+    "gains": ("target", "explore"),
     "labels": ("oracle", "oracle_budget"),
 }
 RATES = {"mixture": 5e-3, "gains": 3e-4, "labels": 5e-3}  # logits of gains are nats, and a layer's are few
@@ -43,6 +43,8 @@ CHOICES = ("sB", "-B", "-sB")
 @click.option("--final-temperature", type=train_options.RATE, default=0.1, show_default=True, help="And at last.")
 @click.option("--target", type=click.Choice(["text", "big"]), default="text", show_default=True,
               help="Of gains: the text's next token, or what all big expects.")  # fmt: skip
+@click.option("--explore", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="SHARE",
+              help="Of gains' routes that are drawn at random; the others are the router's own.")  # fmt: skip
 @click.option("--oracle", type=click.Path(path_type=Path), metavar="DIR", help="Of labels: what duo-mlx oracle made.")
 @click.option("--oracle-budget", metavar="BUDGET", help="Of labels: its budget.  [default: SHARE of the layers]")
 @train_options.training(tokens=200_000, batch=8, lr=None, warmup=20, dropout=None, decay=0.0, length=256)
@@ -123,7 +125,7 @@ def _train(options: dict[str, Any], budget: float) -> None:
             Passes(recompute=options["checkpoint_layers"]),
         )
         if objective == "gains":
-            return Gains(*common, options["target"])
+            return Gains(*common, options["target"], options["explore"])
         if objective == "labels":
             return Labels(*common, **labels)
         temperatures = options["temperature"], options["final_temperature"]

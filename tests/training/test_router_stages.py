@@ -9,7 +9,7 @@ from mlx.utils import tree_unflatten
 from duo_mlx import checkpoint, threshold
 from duo_mlx.convert.reference import DuoConfig, DuoModel
 from duo_mlx.errors import DuoError
-from duo_mlx.routed import RoutedModel
+from duo_mlx.routed import RoutedModel, ask
 from duo_mlx.router import Recorder
 from duo_mlx.routes import LETTERS
 from duo_mlx.training import calibration
@@ -42,6 +42,7 @@ STAGES = {
     "gumbel": mixture("-sB", weights="gumbel"),
     "text": Gains(*common(), "text"),
     "big": Gains(*common("-B"), "big"),
+    "explored": Gains(*common("-sB"), "text", 0.4),
     "labels": labels(),
 }
 CASES = {name: (stage, False) for name, stage in STAGES.items()}
@@ -241,6 +242,25 @@ def test_what_gains_are_fitted_to(routed, target):
     np.testing.assert_allclose(np.array(stage.loss(model, mx.array(windows), drawn)), expected, rtol=1e-3)
     found = stage.measure(model, mx.array(windows), 0)
     assert np.array(found["explained"]).max() <= 1
+
+
+def test_what_is_not_explored_is_the_routers_own(routed):
+    """Of each sequence, the largest gains take big, as many as the budget allows."""
+    stage = Gains(*common("-sB", budget=0.3), "text", explore=0.25)
+    trained, _ = routed(stage)
+    windows, drawn = trained.batch(2)
+    found = stage.chosen(trained.model, mx.array(windows), drawn)
+    _, said = ask(trained.model, mx.array(windows[:, :-1]), drawn["routes"][:, 0])
+    said = np.array(said)
+    explored = drawn["explored"]
+    assert abs(explored.mean() - 0.25) < 0.05
+    for row, each in enumerate(said):
+        gains, flat = each[..., 2] - each[..., :2].max(axis=-1), found[row]
+        count = gains.size - int(0.7 * gains.size)
+        big = np.zeros(gains.size, bool)
+        big[np.argsort(-gains, axis=None)[:count]] = True
+        own = np.where(big.reshape(gains.shape), 2, each[..., :2].argmax(axis=-1))
+        np.testing.assert_array_equal(flat, np.where(explored[row], drawn["routes"][row], own))
 
 
 def test_two_passes_differ_in_half_of_all_layers_at_a_budget_of_a_half():
