@@ -19,8 +19,11 @@ import numpy as np
 
 import duo_mlx
 from duo_mlx.generation import policy_of
+from duo_mlx.lookahead import LookAhead
 from duo_mlx.model import Model
-from duo_mlx.policies import Policy
+from duo_mlx.routed import RoutedModel, Source
+from duo_mlx.router import Router
+from duo_mlx.routes import Route
 
 
 def held_out_windows(path: Path, share: float, length: int, tokenizer: object) -> tuple[mx.array, int, int]:
@@ -34,16 +37,23 @@ def held_out_windows(path: Path, share: float, length: int, tokenizer: object) -
     return mx.array([tokens[start : start + length + 1] for start in starts]), len(text.encode()), len(tokens)
 
 
-def mean_loss(model: Model, windows: mx.array, policy: Policy, batch: int = 4) -> float:
-    """Mean next-token loss in nats."""
-    total = 0.0
+def mean_loss(model: Model, windows: mx.array, policy: Source, batch: int = 4) -> tuple[float, float]:
+    """Mean next-token loss in nats, and the share of big."""
+    total, big, length = 0.0, 0.0, windows.shape[1] - 1
     for start in range(0, len(windows), batch):
         rows = windows[start : start + batch]
-        routes = policy.routes(0, rows.shape[1] - 1, batch=start + len(rows))
-        # every window has its own draws, whatever the batch size
-        logits = model(rows[:, :-1], routes=routes[start:] if routes.ndim == 3 else routes)
+        if not isinstance(policy, Router | LookAhead):
+            routes = policy.routes(0, length, batch=start + len(rows))
+            # every window has its own draws, whatever the batch size
+            routes = model.args.realised(routes[start:] if routes.ndim == 3 else routes)
+            logits = model(rows[:, :-1], routes=routes)
+        else:
+            routed = RoutedModel(model, policy)
+            logits = routed(rows[:, :-1])
+            routes = routed.taken(0, length, len(rows))
         total += float(nn.losses.cross_entropy(logits, rows[:, 1:], reduction="sum"))
-    return total / (len(windows) * (windows.shape[1] - 1))
+        big += len(rows) * float((routes == Route.BIG).mean())
+    return total / (len(windows) * length), big / len(windows)
 
 
 def main() -> None:
@@ -61,11 +71,12 @@ def main() -> None:
     bytes_per_token = sum(part[1] for part in parts) / sum(part[2] for part in parts)
     results = {}
     for spec in args.routes:
-        loss = mean_loss(model, windows, policy_of(model, spec, args.seed))
+        loss, share = mean_loss(model, windows, policy_of(model, spec, args.seed))
         results[spec] = {
             "nats_per_token": round(loss, 4),
             "perplexity": round(math.exp(loss), 2),
             "bits_per_byte": round(loss / math.log(2) / bytes_per_token, 4),
+            "share_of_big": round(share, 4),
         }
         print(f"{spec:24}{loss:8.4f} nats/token  {results[spec]['bits_per_byte']:.4f} bits/byte", file=sys.stderr)
     record = {
