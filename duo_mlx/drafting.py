@@ -17,8 +17,9 @@ from duo_mlx import auto
 from duo_mlx.errors import DuoError
 
 LONGEST = auto.FEW - 1  # drafted by `Auto`: with the token before them, what a pass still takes as decoding
-OPENING = (1, 3, 7, 0)  # lengths whose times are learned first: passes over 2, 4, 8 tokens and 1
+OPENING = (0, 1, 3, 7)  # lengths whose times are learned first: passes over 1 token, 2, 4 and 8
 PROBE = 32  # rounds after which another choice is tried once
+RARELY = 8  # times as many, if that could not pay were all drafts accepted
 KEPT = 5  # times of a length that count, the latest
 FADE = 1 - 1 / 16  # of what a position's acceptance was, with each token that tells of it
 WEIGHT = 2.0  # in tokens, of what all positions tell of one
@@ -91,8 +92,9 @@ class Auto:
 
     Acceptance is counted by position, fades, and leans on that of all positions where a position has seen little. The
     time of a round is the least of the latest with that many drafted tokens; unless times are given, the first rounds
-    measure those of `OPENING`, and lengths between are interpolated. Now and then a round drafts one token more than
-    seems best, or none, since acceptance and times change with the text and the context.
+    measure those of `OPENING`, other lengths are on straight lines through them, and the opening ends at one that could
+    not pay were all its drafts accepted. Now and then a round drafts one token more than seems best, or none, since
+    acceptance and times change with the text and the context.
 
     Args:
         longest: number of drafted tokens.
@@ -110,13 +112,18 @@ class Auto:
 
     def choose(self) -> int:
         if self._opening:
-            return self._opening.pop(0)
+            length = self._opening.pop(0)
+            if length < 2 or not self._hopeless(length):
+                return length
+            self._opening = []
         self._chosen += 1
         best = best_length(self.acceptance(), self.seconds())
         if self._chosen % PROBE:
             return best
-        plain = best > 0 and self._chosen % (2 * PROBE) == 0
-        return 0 if plain else min(best + 1, self._longest)
+        if best > 0 and self._chosen % (2 * PROBE) == 0:
+            return 0
+        longer = min(best + 1, self._longest)
+        return best if self._hopeless(longer) and self._chosen % (RARELY * PROBE) else longer
 
     def observe(self, drafted: int, accepted: int, seconds: float) -> None:
         self._times.setdefault(drafted, deque(maxlen=KEPT)).append(seconds)
@@ -135,7 +142,17 @@ class Auto:
         if self._given is not None:
             return np.asarray(self._given)
         known = sorted(self._times)
-        return np.interp(np.arange(self._longest + 1), known, [min(self._times[length]) for length in known])
+        least, lengths = [min(self._times[length]) for length in known], np.arange(self._longest + 1)
+        found = np.interp(lengths, known, least)
+        beyond = lengths > known[-1]
+        slope = np.inf if len(known) == 1 else max(0.0, (least[-1] - least[-2]) / (known[-1] - known[-2]))
+        found[beyond] = least[-1] + slope * (lengths[beyond] - known[-1])
+        return found
+
+    def _hopeless(self, length: int) -> bool:
+        """Whether that many drafts, were they all accepted, would not be faster than none."""
+        seconds = self.seconds()
+        return bool((length + 1) * seconds[0] <= seconds[length])
 
 
 def lengths(draft_tokens: int | str | Lengths) -> Lengths:

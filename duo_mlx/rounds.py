@@ -42,6 +42,28 @@ class Round:
         return len(self.tokens) - 1
 
 
+@dataclass(frozen=True)
+class Step:
+    """A round without drafts that is under way: the device has it, and the host has not waited for it.
+
+    Args:
+        token: ``[1]``.
+        logprobs: ``[1, vocab]``.
+        weight_bytes: that its pass reads.
+        cache_bytes: of keys and values that it reads.
+    """
+
+    token: mx.array
+    logprobs: mx.array
+    weight_bytes: int
+    cache_bytes: int
+
+    def read(self) -> Round:
+        """The round, waited for."""
+        tokens: Any = self.token.tolist()
+        return Round(tokens, self.logprobs, 0, self.weight_bytes, self.cache_bytes)
+
+
 class Rounds:
     """Rounds after what a cache holds, which nobody else may change meanwhile.
 
@@ -70,6 +92,11 @@ class Rounds:
         self._cache, self._sampling, self._processors = cache, sampling, processors
         self._bytes = cost.pass_bytes(model)
         self.foreseen: Routes | None = None  # [layers], by a draft that looks ahead; None before the first round
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether each round must be read before the next, as the draft's routes come with it."""
+        return isinstance(self._draft, LookAhead)
 
     def read(self, tokens: Sequence[int], chunk: int) -> None:
         """Fill the cache with ``tokens`` by the verifying routes, ``chunk`` in a pass."""
@@ -116,6 +143,23 @@ class Rounds:
             self.foreseen = self._model.args.realised(rows[accepted])
         return Round(chosen, logprobs, drafts, *self._reads(start, drafting, verifying, shared))
 
+    def step(self, history: Sequence[int], after: Step | None = None) -> Step:
+        """Begin a round without drafts after ``history``, or after the step that follows it, which nobody has read yet.
+
+        So the device goes on while the host reads, as in plain decoding. A draft that looks ahead learns nothing of it.
+        """
+        start = self._cache[0].offset
+        verifying = patterns(self._model, self._verify, start, start + 1)
+        with mx.stream(generation_stream):
+            known = history if after else history[:-1]
+            before = mx.array([*known] if self._processors else [], mx.uint32)
+            last = after.token.astype(mx.uint32)[None] if after else mx.array([[history[-1]]], mx.uint32)
+            final = self._verified([last], [], verifying, 0)
+            logprobs = self._logprobs(self._model.head(final), before, [last])
+            token = self._sampling(logprobs)
+            mx.async_eval(token, logprobs)
+        return Step(token, logprobs, *self._reads(start, verifying[:0], verifying, 0))
+
     def _drafting(self, start: int, wanted: int) -> Routes:
         """The drafts' routes ``[drafts, layers]`` from position ``start`` on, at most ``wanted``."""
         if isinstance(self._draft, LookAhead):
@@ -151,7 +195,8 @@ class Rounds:
         """What the last norm makes of each of the inputs, ``[1, inputs, hidden]``, by the verifying routes."""
         decoder = self._model.model
         last = decoder.embed_tokens(inputs[-1])
-        last = decoder(last, self._cache, self._plan(verifying[-1:]), self._strategy, 0, shared)
+        if shared:
+            last = decoder(last, self._cache, self._plan(verifying[-1:]), self._strategy, 0, shared)
         h = mx.concatenate([*hidden, last], axis=1) if hidden else last
         final: mx.array = decoder(h, self._cache, self._plan(verifying), self._strategy, shared)
         return final

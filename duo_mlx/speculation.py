@@ -12,6 +12,9 @@ serves both. A round after n positions in the cache:
 4. Judge: the host waits, once. Drafted tokens stand or fall as in `duo_mlx.sampling.Sampling.judge`, one token more
    comes from the same pass, and positions after those that stand leave the cache.
 
+A round that drafts nothing is a step of plain decoding, and where the next drafts nothing either, it is begun before the
+host waits.
+
 So the cache holds the verifying routes' keys and values. The verifying pass makes its sums in another order than
 decoding does, and its logits differ in the last bits: of two tokens as near to each other as that, either may come.
 """
@@ -29,7 +32,7 @@ from duo_mlx.errors import DuoError
 from duo_mlx.lookahead import LookAhead
 from duo_mlx.model import Model
 from duo_mlx.policies import Policy
-from duo_mlx.rounds import LogitsProcessor, Round, Rounds, patterns
+from duo_mlx.rounds import LogitsProcessor, Round, Rounds, Step, patterns
 from duo_mlx.routed import Source
 from duo_mlx.router import Router
 
@@ -150,11 +153,7 @@ def speculate(
     history, counts = list(prompt), Speculation()
     try:
         rounds.read(history[:-1], prefill_step_size)
-        while (left := len(prompt) + max_tokens - len(history)) > 0:
-            wanted = lengths.choose() if counts.verifications else 0
-            before = time.perf_counter()
-            done = rounds.run(history, min(wanted, left - 1))
-            lengths.observe(done.drafted, done.accepted, time.perf_counter() - before)
+        for done in run_rounds(rounds, history, lengths, len(prompt) + max_tokens, 0):
             counts = counts.after(done)
             for place, token in enumerate(done.tokens):
                 history.append(token)
@@ -165,6 +164,30 @@ def speculate(
     finally:
         for layer in cache:
             layer.trim(max(0, layer.offset - (start + len(history) - 1)))
+
+
+def run_rounds(
+    rounds: Rounds, history: Sequence[int], lengths: drafting.Lengths, until: int, wanted: int | None = None
+) -> Generator[Round, None, None]:
+    """Rounds until ``history`` has ``until`` tokens; whoever takes one adds its tokens there before the next.
+
+    ``wanted`` is how many tokens the first one is to draft; None: what ``lengths`` chooses, as for all others. Where two
+    rounds after each other draft nothing, the second is begun before the first is waited for.
+    """
+    under_way: Step | None = None
+    while (left := until - len(history)) > 0:
+        drafts = min(lengths.choose() if wanted is None else wanted, left - 1)
+        wanted, before = None, time.perf_counter()
+        if drafts or rounds.looks_ahead:
+            done = rounds.run(history, drafts)
+        else:
+            step, under_way = under_way or rounds.step(history), None
+            if left > 1:
+                wanted = lengths.choose()
+                under_way = None if min(wanted, left - 2) else rounds.step(history, step)
+            done = step.read()
+        lengths.observe(done.drafted, done.accepted, time.perf_counter() - before)
+        yield done
 
 
 def checked(

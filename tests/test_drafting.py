@@ -101,8 +101,8 @@ def test_auto_finds_what_pays(acceptance, draft, verify, given_times):
 
 
 def test_the_first_rounds_measure():
-    assert play(Auto(), np.full(7, 0.9), 0.2, FLAT, 4)[0].tolist() == [1, 3, 7, 0]
-    assert play(Auto(longest=3), np.full(3, 0.9), 0.2, FLAT, 3)[0].tolist() == [1, 3, 0]
+    assert play(Auto(), np.full(7, 0.9), 0.2, FLAT, 4)[0].tolist() == [0, 1, 3, 7]
+    assert play(Auto(longest=3), np.full(3, 0.9), 0.2, FLAT, 3)[0].tolist() == [0, 1, 3]
     chooser = Auto(seconds=np.arange(8) * 0.1 + FLAT)
     assert chooser.choose() not in (0, 1)  # nothing to measure, and half of all are taken to stand
 
@@ -114,6 +114,17 @@ def test_where_drafting_does_not_pay_it_is_tried_now_and_then():
     assert set(lengths[often:].tolist()) == {0, 1}
     # the text becomes easy, and a step faster: drafting comes back
     assert play(chooser, np.ones(7), 0.1, FLAT, 60 * often)[0][-200:].mean() > 5
+
+
+def test_where_it_could_not_pay_were_all_drafts_accepted_it_is_hardly_tried():
+    often = drafting.PROBE * drafting.RARELY
+    lengths = play(Auto(), np.ones(7), 1.1, FLAT, 2 + 3 * often)[0]
+    assert lengths[:2].tolist() == [0, 1]
+    assert lengths[2:].nonzero()[0].tolist() == [often - 1, 2 * often - 1, 3 * often - 1]
+    chooser = Auto()
+    for length, seconds in ((0, 1.0), (1, 1.5), (3, 2.0)):
+        chooser.observe(length, length, seconds)
+    np.testing.assert_allclose(chooser.seconds(), [1.0, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0])
 
 
 def test_where_drafting_pays_another_length_is_tried_now_and_then():
