@@ -12,8 +12,8 @@ serves both. A round after n positions in the cache:
 4. Judge: the host waits, once. Drafted tokens stand or fall as in `duo_mlx.sampling.Sampling.judge`, one token more
    comes from the same pass, and positions after those that stand leave the cache.
 
-A round that drafts nothing is a step of plain decoding, and where the next drafts nothing either, it is begun before the
-host waits.
+A round that drafts nothing is a step of plain decoding, and where the next drafts nothing either, it is begun before
+the host waits.
 
 So the cache holds the verifying routes' keys and values. The verifying pass makes its sums in another order than
 decoding does, and its logits differ in the last bits: of two tokens as near to each other as that, either may come.
@@ -171,8 +171,8 @@ def run_rounds(
 ) -> Generator[Round, None, None]:
     """Rounds until ``history`` has ``until`` tokens; whoever takes one adds its tokens there before the next.
 
-    ``wanted`` is how many tokens the first one is to draft; None: what ``lengths`` chooses, as for all others. Where two
-    rounds after each other draft nothing, the second is begun before the first is waited for.
+    ``wanted`` is how many tokens the first one is to draft; None: what ``lengths`` chooses, as for all others. Where
+    two rounds after each other draft nothing, the second is begun before the first is waited for.
     """
     under_way: Step | None = None
     while (left := until - len(history)) > 0:
