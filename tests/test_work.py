@@ -91,7 +91,7 @@ def kernels(model, strategy, route, launches, monkeypatch):
             np.full((1, 1), route) if strategy == "sync" else np.array([route == Route.SKIP, route == Route.SMALL], int)
         )
 
-    monkeypatch.setattr(conditional, "_read", answer)
+    monkeypatch.setattr(conditional, "read", answer)
     routes = np.full(model.args.num_hidden_layers, route, np.uint8) if strategy == "planned" else model.router()
     if strategy != "planned":
         mx.eval(routes.offsets)
