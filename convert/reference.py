@@ -268,18 +268,16 @@ class DuoModel(nn.Module):
         by its root mean square; before the first one that is zeros. All tokens before are computed anew each time.
         """
         routes = tokens.new_zeros(len(tokens), 0, self.config.num_hidden_layers)
+        ffns = [module for module in self.model.layers.modules() if isinstance(module, DuoFFN)]  # in their order
         embedded = self.model.embed_tokens(tokens)
         before = torch.zeros_like(embedded[:, 0])
         for place in range(tokens.shape[1]):
             two = torch.stack([embedded[:, place], before], 1)
             seen = (two * torch.rsqrt(two.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)).flatten(1)
-            decided = torch.stack([ffns.decide(seen) for ffns in self._ffns()], -1)
+            decided = torch.stack([each.decide(seen) for each in ffns], -1)
             routes = torch.cat([routes, decided[:, None]], 1)
             before = self.final(tokens[:, : place + 1], routes)[0][:, -1]
         return routes
-
-    def _ffns(self) -> "list[DuoFFN]":
-        return [module for module in self.model.layers.modules() if isinstance(module, DuoFFN)]
 
     def final(self, tokens: Tensor, routes: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the last norm gives, ``[batch, tokens, hidden]``, and the routes ``[batch, tokens, layers]``."""

@@ -87,11 +87,11 @@ def weights_of(directory: Path, changes: Mapping[str, Any]) -> tuple[dict[str, A
     changed = {key: value for key, value in (config | dict(changes)).items() if key != "quantization_config"}
     if changes:
         shapes = checkpoint.parameters(Model(ModelArgs.from_dict(changed)))
-        anew = ".router." if "router_choices" in changes else None
+        anew = "router_choices" in changes
         same = {
             name: each
             for name, each in weights.items()
-            if name in shapes and each.shape == shapes[name].shape and not (anew and anew in name)
+            if name in shapes and each.shape == shapes[name].shape and not (anew and ".router." in name)
         }
         weights = {name: same.get(name, mx.zeros(each.shape)) for name, each in shapes.items()}
     return changed, weights
