@@ -24,7 +24,7 @@ from duo_mlx.rounds import Rounds, patterns, shared_layers
 from duo_mlx.routed import RoutedModel, Source
 from duo_mlx.routes import Routes
 from duo_mlx.sampling import Sampling
-from duo_mlx.speculation import Speculation, checked
+from duo_mlx.speculation import Speculation, checked, run_rounds
 
 
 class Speculating(Generator):
@@ -85,18 +85,16 @@ class Speculating(Generator):
             after_each: is called after each round with how many tokens it gave.
         """
         self._rewind(self._prompt)
-        self._rounds.foreseen = self._foreseen
-        last: Any = self._first.item()
-        seconds: list[float] = []
+        self._rounds.foreseen = foreseen = self._foreseen
+        first: Any = self._first.item()
+        history, seconds = [first], list[float]()
         before = self._clock()
-        while (left := tokens - 1 - len(seconds)) > 0:
-            start, foreseen, began = self._cache[0].offset, self._rounds.foreseen, self._clock()
-            done = self._rounds.run([last], min(self._lengths.choose(), left - 1))
-            now = self._clock()
-            self._lengths.observe(done.drafted, done.accepted, now - began)
+        for done in run_rounds(self._rounds, history, self._lengths, tokens, clock=self._clock):
+            now, came = self._clock(), len(done.tokens)
             self._counts = self._counts.after(done)
-            self._begun.append((start, done.drafted, foreseen))
-            came, last = len(done.tokens), done.tokens[-1]
+            self._begun.append((self._prompt + len(seconds), done.drafted, foreseen))
+            foreseen = self._rounds.foreseen
+            history += done.tokens
             seconds += [(now - before) / came] * came
             before = now
             after_each(came)

@@ -6,6 +6,7 @@ as FLOPs; the embedding counts as one row; a tied head is read whole, as a head 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,9 +50,7 @@ def flops(args: ModelArgs, context: int) -> RouteTable:
     """FLOPs of one token that attends to ``context`` positions: two per parameter, and those of attention itself."""
     head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
     matrices = layer_parameters(args)
-    attention = np.zeros_like(matrices.by_route)
-    for layer in range(args.num_hidden_layers):
-        attention[layer] = 4 * args.num_attention_heads * head_dim * _attended(args, layer, context)
+    attention = 4 * args.num_attention_heads * head_dim * _attended(args, context)
     if args.skip_scope == "layer":
         attention[:, Route.SKIP] = 0
     return RouteTable(2 * args.hidden_size * args.vocab_size, 2 * matrices.by_route + attention)
@@ -86,13 +85,15 @@ def pass_bytes(model: Model) -> Callable[[Routes], int]:
     table = weight_bytes(model)
     small = np.array([nbytes(layer.mlp.small) for layer in model.layers])
 
-    def of(routes: Routes) -> int:
+    @lru_cache(maxsize=1024)  # rounds of speculation ask before every pass, mostly for the same routes
+    def read(routes: bytes) -> int:
+        rows = np.frombuffer(routes, np.uint8).reshape(-1, len(small))
         # a dearer route reads all that a cheaper one does, but for the small FFN beside big's
-        dearest = table.by_route[np.arange(len(small)), routes].max(axis=0)
-        both = (routes == Route.BIG).any(axis=0) & (routes == Route.SMALL).any(axis=0)
+        dearest = table.by_route[np.arange(len(small)), rows].max(axis=0)
+        both = (rows == Route.BIG).any(axis=0) & (rows == Route.SMALL).any(axis=0)
         return int(table.fixed + dearest.sum() + small[both].sum())
 
-    return of
+    return lambda routes: read(routes.astype(np.uint8, copy=False).tobytes())
 
 
 def cache_bytes(model: Model, context: int) -> RouteTable:
@@ -100,14 +101,14 @@ def cache_bytes(model: Model, context: int) -> RouteTable:
     args = model.args
     head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
     position = 2 * args.num_key_value_heads * head_dim * model.model.norm.weight.dtype.size
-    by_route = np.zeros((args.num_hidden_layers, len(Route)), np.int64)
-    for layer in range(args.num_hidden_layers):
-        by_route[layer] = position * _attended(args, layer, context)
+    by_route = position * _attended(args, context)
     if args.skip_scope == "layer":
         by_route[:, Route.SKIP] = position  # its own keys and values are still written
     return RouteTable(0, by_route)
 
 
-def _attended(args: ModelArgs, layer: int, context: int) -> int:
-    sliding = args.layer_types[layer] == "sliding_attention" and args.sliding_window
-    return min(context, sliding) if sliding else context
+def _attended(args: ModelArgs, context: int) -> NDArray[np.int64]:
+    """To how many of ``context`` positions a token attends, ``[layers, 3]``."""
+    within = min(context, args.sliding_window or context)
+    by_layer = [within if kind == "sliding_attention" else context for kind in args.layer_types]
+    return np.repeat(np.array(by_layer, np.int64)[:, None], len(Route), axis=1)

@@ -20,7 +20,7 @@ decoding does, and its logits differ in the last bits: of two tokens as near to 
 """
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,17 +167,23 @@ def speculate(
 
 
 def run_rounds(
-    rounds: Rounds, history: Sequence[int], lengths: drafting.Lengths, until: int, wanted: int | None = None
+    rounds: Rounds,
+    history: Sequence[int],
+    lengths: drafting.Lengths,
+    until: int,
+    wanted: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[Round, None, None]:
     """Rounds until ``history`` has ``until`` tokens; whoever takes one adds its tokens there before the next.
 
     ``wanted`` is how many tokens the first one is to draft; None: what ``lengths`` chooses, as for all others. Where
-    two rounds after each other draft nothing, the second is begun before the first is waited for.
+    two rounds after each other draft nothing, the second is begun before the first is waited for. ``clock`` gives the
+    seconds that ``lengths`` learns from.
     """
     under_way: Step | None = None
     while (left := until - len(history)) > 0:
         drafts = min(lengths.choose() if wanted is None else wanted, left - 1)
-        wanted, before = None, time.perf_counter()
+        wanted, before = None, clock()
         if drafts or rounds.looks_ahead:
             done = rounds.run(history, drafts)
         else:
@@ -186,7 +192,7 @@ def run_rounds(
                 wanted = lengths.choose()
                 under_way = None if min(wanted, left - 2) else rounds.step(history, step)
             done = step.read()
-        lengths.observe(done.drafted, done.accepted, time.perf_counter() - before)
+        lengths.observe(done.drafted, done.accepted, clock() - before)
         yield done
 
 

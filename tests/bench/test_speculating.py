@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from functools import partial
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +18,7 @@ from duo_mlx.bench.speculating import Speculating
 from duo_mlx.bench.system import Conditions
 from duo_mlx.generation import policy_of
 from duo_mlx.rounds import Round, Rounds, patterns
-from duo_mlx.speculation import Speculation, speculate
+from duo_mlx.speculation import Speculation, run_rounds, speculate
 
 ROUTED = {"tie_word_embeddings": False, "seed": 2}  # with a tied head it would repeat one token
 AHEAD = {"router_choices": "-sB", "router_looks_ahead": True}
@@ -29,20 +30,25 @@ PAIRS = [("big", "BBs-"), ("big", "BBBs"), ("BsBB", "Bs-s"), ("random:.8,.1,.1",
 
 @pytest.fixture
 def done(monkeypatch):
-    """Every round that the engine runs: where it began, after which token, what it came to, and its drafts' routes."""
-    found = []
+    """Every round that decoding runs: where it began, after which token, what it came to, and its drafts' routes."""
+    found, nothing = [], np.zeros((0, LAYERS), np.uint8)
 
     class Seen(Rounds):
-        def run(self, history, wanted):
-            start, self.drafting = self._cache[0].offset, np.zeros((0, LAYERS), np.uint8)
-            found.append((start, history[-1], super().run(history, wanted), self.drafting))
-            return found[-1][2]
+        drafting = nothing
 
         def _drafts(self, before, last, drafting, shared):
             self.drafting = drafting
             return super()._drafts(before, last, drafting, shared)
 
+    def seen(rounds, history, *more, **named):
+        first = rounds._cache[0].offset - len(history)
+        for each in run_rounds(rounds, history, *more, **named):
+            found.append((first + len(history), history[-1], each, rounds.drafting))
+            rounds.drafting = nothing
+            yield each
+
     monkeypatch.setattr(speculating, "Rounds", Seen)
+    monkeypatch.setattr(speculating, "run_rounds", seen)
     return found
 
 
@@ -190,7 +196,8 @@ class Scripted:
     """Rounds that come to so many tokens of so many drafted, and take a second for each drafted one and two more."""
 
     def __init__(self, clock, script):
-        self.clock, self.script, self.wanted, self.foreseen = clock, iter(script), [], None
+        self.clock, self.script, self.wanted = clock, iter(script), []
+        self.foreseen, self.looks_ahead = None, False
 
     def run(self, _, wanted):
         self.wanted.append(wanted)
@@ -198,6 +205,9 @@ class Scripted:
         self.clock.now += 2 + drafted
         self.clock.layer.offset += tokens
         return Round(list(range(tokens)), mx.zeros((drafted + 1, 1)), drafted, 100, 10)
+
+    def step(self, history, _=None):
+        return SimpleNamespace(read=lambda: self.run(history, 0))
 
 
 class Clock:
