@@ -7,6 +7,7 @@ before the next.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes)
@@ -82,7 +83,7 @@ class Continuation(ABC):
             "tokens": self.generated,
             "bytes_per_token": self.bytes_read / self.generated,
             "cache_bytes": self.cache_bytes,
-            "host_waits_per_token": len(self.rounds) / self.generated,
+            "host_waits_per_token": waits(self.rounds) / self.generated,
         }
         if self.rounds:
             found |= {
@@ -193,6 +194,12 @@ class DraftModel(Continuation):
     def _count_bytes(self, context: int, drafted: int) -> None:
         verify, draft = (step_bytes(self._model, pattern, context) for pattern in self._patterns)
         self.bytes_read += verify + drafted * draft
+
+
+def waits(rounds: Sequence[tuple[int, int]]) -> int:
+    """After how many of the rounds the device stands still; not between two that draft nothing."""
+    drafted = [drafts for drafts, _ in rounds] + [0]
+    return sum(now > 0 or then > 0 for now, then in pairwise(drafted))
 
 
 def by_place(rounds: Sequence[tuple[int, int]]) -> dict[str, list[Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -91,6 +92,13 @@ class Rounds:
         self._model, self._verify, self._draft, self._strategy = model, verify, draft, strategy
         self._cache, self._sampling, self._processors = cache, sampling, processors
         self._bytes = cost.pass_bytes(model)
+
+        @lru_cache(maxsize=1024)
+        def plans(routes: bytes, tokens: int, layers: int) -> list[Any]:
+            passed = np.frombuffer(routes, np.uint8).reshape(1, tokens, layers)
+            return list(conditional.plan(passed, 1, tokens, layers, strategy))
+
+        self._plans = plans
         self.foreseen: Routes | None = None  # [layers], by a draft that looks ahead; None before the first round
 
     @property
@@ -202,9 +210,8 @@ class Rounds:
         return final
 
     def _plan(self, routes: Routes) -> list[Any]:
-        """An entry a layer from ``routes [tokens, layers]``."""
-        tokens, layers = routes.shape
-        return list(conditional.plan(routes[None], 1, tokens, layers, self._strategy))
+        """An entry a layer from ``routes [tokens, layers]``; not to be changed, since the same plan serves again."""
+        return self._plans(routes.tobytes(), *routes.shape)
 
     def _logprobs(self, logits: mx.array, before: mx.array, inputs: Sequence[mx.array]) -> mx.array:
         """Log-probabilities ``[tokens, vocab]`` of ``logits [1, tokens, vocab]`` at the last of the inputs ``[1, 1]``.

@@ -8,12 +8,13 @@ import pytest
 from click.testing import CliRunner
 
 from duo_mlx.bench import speculated
-from duo_mlx.bench.continuations import DraftModel, Plain, Speculated, by_place
+from duo_mlx.bench.continuations import DraftModel, Plain, Speculated, by_place, waits
 from duo_mlx.bench.interleave import Timings
 from duo_mlx.bench.peer import step_bytes
 from duo_mlx.bench.speculated_summary import PASSES, expected, of_costs, summary, table
 from duo_mlx.errors import DuoError
 from duo_mlx.policies import FixedPolicy
+from duo_mlx.rounds import Rounds
 from duo_mlx.routes import parse_pattern
 from duo_mlx.sampling import Sampling
 from duo_mlx.speculation import speculate
@@ -101,12 +102,27 @@ def test_bytes_and_rounds_of_speculation_are_its_own_counts(tiny_model):
     assert record["verifications"] == len(way.rounds) == sum(each.verifications for each in counts)
     assert record["tokens"] == TOKENS * len(PROMPTS) == sum(each.tokens for each in counts)
     assert record["bytes_per_token"] == sum(each.weight_bytes + each.cache_bytes for each in counts) / record["tokens"]
-    assert record["host_waits_per_token"] == len(way.rounds) / record["tokens"]
     for name in ("drafted", "accepted"):
         places = zip(*(getattr(each, name) for each in counts), strict=True)
         assert record[name] == [sum(of_place) for of_place in places]
     way.reset()
     assert way.rounds == [] and way.generated == way.bytes_read == 0
+
+
+@pytest.mark.parametrize("draft_tokens", ["0", "3", "auto"])
+def test_the_device_waits_where_no_step_was_begun_ahead(tiny_model, monkeypatch, draft_tokens):
+    ahead, step = [], Rounds.step
+
+    def seen(rounds, history, after=None):
+        ahead.append(after is not None)
+        return step(rounds, history, after)
+
+    monkeypatch.setattr(Rounds, "step", seen)
+    way = Speculated(tiny_model(), BIG, DRAFTS["small"], draft_tokens, PROMPTS[:1], TOKENS, Sampling())
+    way()
+    nothing_follows = way.rounds[-1][0] == 0  # after it the text is there, as in plain decoding
+    assert waits(way.rounds) == len(way.rounds) - sum(ahead) - nothing_follows
+    assert way.record()["host_waits_per_token"] * TOKENS == waits(way.rounds) and any(ahead) == (draft_tokens != "3")
 
 
 def test_plain_decoding_waits_for_nothing_and_reads_all_of_its_pattern(tiny_model):
