@@ -3,7 +3,13 @@
 How long hypothesis looks for trouble at night: ``pytest tests/convert --hypothesis-profile nightly``.
 """
 
-import duo_mlx  # noqa: F401  (first of all, so that it loads OpenBLAS before mlx comes)
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, of which each would take all
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import duo_mlx  # noqa: F401  (before mlx, so that it loads OpenBLAS first)
 
 # isort: split
 import importlib.util
