@@ -294,11 +294,20 @@ DIFFERENCES: dict[str, Callable[[Record], dict[str, list[Any]]]] = {
         "model": [result["model"]["sha256"]],
         "revision of the model": [result["model"]["revision"]],
     },
+    "router": lambda result: {
+        "router and known patterns": [result["model"].get("routing_sha256")] if _chosen(result) else [],
+    },
     "texts": lambda result: {
         "prompts": [result["texts"]["prompts"]["sha256"]],
         "held-out text": [result["texts"]["held_out"]["sha256"]],
     },
 }
+
+
+def _chosen(result: Record) -> bool:
+    """Whether the model's own router or known patterns had a part in it."""
+    specs = [cell.get(key) or "" for cell in result["cells"] for key in ("route", "speculate")]
+    return any(spec.startswith(("router", "budget:", "default")) for spec in specs)
 
 
 def _differences(a: Record, b: Record, allowed: Collection[str]) -> list[str]:

@@ -38,6 +38,7 @@ class Subject:
             "layers": self.args.num_hidden_layers,
             "parameters": parameters(self._model),
             "sha256": checkpoint.fingerprint(self._directory),
+            "routing_sha256": checkpoint.fingerprint(self._directory, choosing=True),
         }
         plain, whole = self.tokenizer.encode("a", add_special_tokens=False), self.tokenizer.encode("a")
         # the token that begins a text, if there is one; some tokenizers add one that ends it

@@ -157,15 +157,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def fingerprint(directory: Path) -> str:
+def fingerprint(directory: Path, *, choosing: bool = False) -> str:
     """SHA-256 over what a model computes by given routes, as hexadecimal digits.
 
     That is config.json and the weights, in whatever shards. Left out is what chooses routes: a router, thresholds,
     known patterns and defaults. So what was measured by given routes, such as an oracle's tables, stays that of the
-    model when a router is trained for it.
+    model when a router is trained for it. With ``choosing`` it is over that alone.
     """
     config = read_config(directory)
-    kept = {key: value for key, value in config.items() if key not in CHOOSING and not key.startswith("router_")}
+    kept = {key: value for key, value in config.items() if (key in CHOOSING or key.startswith("router_")) is choosing}
     whole = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     parts = {}
     for file in sorted(directory.glob("model*.safetensors")):
@@ -174,7 +174,7 @@ def fingerprint(directory: Path) -> str:
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
             data = opened.tell()
             for name, tensor in header.items():
-                if name != "__metadata__" and ".router." not in name:
+                if name != "__metadata__" and (".router." in name) is choosing:
                     parts[name] = (file, data, tensor)
     for name, (file, data, tensor) in sorted(parts.items()):
         whole.update(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())

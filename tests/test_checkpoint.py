@@ -207,11 +207,11 @@ def test_a_fingerprint_is_of_what_a_model_computes_by_given_routes(saved, tmp_pa
     config, weights = checkpoint.read_config(directory), checkpoint.parameters(model)
     expected = checkpoint.fingerprint(directory)
 
-    def of(changes, changed, limit=1 << 30):
+    def of(changes, changed, limit=1 << 30, **which):
         made = tmp_path / str(len(list(tmp_path.iterdir())))
         made.mkdir()
         checkpoint.save(made, config | changes, weights | changed, limit=limit)
-        return checkpoint.fingerprint(made)
+        return checkpoint.fingerprint(made, **which)
 
     router, norm = "model.layers.1.mlp.router.weight", "model.norm.weight"
     choosing = {"router_choices": "Bs", "default_route": "small", "best_patterns": [{"pattern": "BBBB", "loss": 1.0}]}
@@ -223,6 +223,16 @@ def test_a_fingerprint_is_of_what_a_model_computes_by_given_routes(saved, tmp_pa
         of({}, {"model.layers.0.mlp.big.up_proj.weight": weights["model.layers.0.mlp.big.gate_proj.weight"]}),
     ]
     assert len({expected, *others}) == 5
+    chosen = [
+        of(config, weights, choosing=True)
+        for config, weights in (
+            ({}, {}),
+            ({"rms_norm_eps": 1e-6}, {norm: weights[norm] + 1}),
+            *(({key: value}, {}) for key, value in choosing.items()),
+            ({}, {router: weights[router] + 1}),
+        )
+    ]
+    assert chosen[0] == chosen[1] != expected and len(set(chosen)) == len(chosen) - 1
 
 
 @pytest.mark.parametrize("fuse", [False, True])

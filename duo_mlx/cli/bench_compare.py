@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # equal to METRICS and DIFFERENCES of duo_mlx.bench.compare, which needs numpy
 METRICS = ("tpot_s", "ttft_s", "decode_j_per_token", "prefill_j_per_token", "loss", "peak_bytes")
-DIFFERENCES = ("chip", "power", "model", "texts")
+DIFFERENCES = ("chip", "power", "model", "router", "texts")
 UNITS = {
     "tpot_s": (1e3, "ms"),
     "ttft_s": (1e3, "ms"),

@@ -243,6 +243,21 @@ def test_cores_and_revisions_count_where_both_are_known(made_result):
         compare(a, b)
 
 
+def test_another_router_counts_where_a_cell_asks_it(made_result):
+    a, b = made_result(), made_result()
+    a["model"]["routing_sha256"], b["model"]["routing_sha256"] = "a" * 64, "b" * 64
+    assert not compare(a, b).notes
+    for result in (a, b):
+        result["cells"][-1]["route"] = "router:0.5"
+    with pytest.raises(
+        DuoError, match="router and known patterns: a+.* in A, b+.* in B; --allow-different router compares"
+    ):
+        compare(a, b)
+    assert "router" in compare(a, b, allowed=["router"]).notes[0]
+    del a["model"]["routing_sha256"]  # of a version that did not keep it
+    assert not compare(a, b).notes
+
+
 def test_a_session_on_battery_makes_the_power_differ(made_result):
     a, b = made_result(), made_result()
     b["sessions"].append(b["sessions"][0] | {"conditions": {"power_source": "Battery Power"}})
