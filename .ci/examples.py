@@ -19,8 +19,10 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNERS = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
@@ -109,6 +111,26 @@ def run(file: Path) -> int:
     return ran
 
 
+def run_all(files: list[str]) -> None:
+    """Run each file by itself, as many at once as there are cores; what they print comes file by file.
+
+    Raises:
+        SystemExit: a block failed.
+    """
+    environment = {"OPENBLAS_NUM_THREADS": "1"} | os.environ  # they share the cores, of which each would take all
+
+    def one(file: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, __file__, "run", file]
+        return subprocess.run(command, stdout=PIPE, stderr=STDOUT, text=True, env=environment, check=False)
+
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+        for file, done in zip(files, pool.map(one, files), strict=True):
+            print(done.stdout, end="", flush=True)
+            if done.returncode:
+                pool.shutdown(cancel_futures=True)
+                sys.exit(f"{file}: an example failed, see above")
+
+
 def show(file: Path, name: str) -> str:
     """The text of the one block that the comment before it calls ``name``."""
     named = [block.text for block in blocks(file) if block.mark == name]
@@ -119,8 +141,10 @@ def show(file: Path, name: str) -> str:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
+        case ["run", file]:
+            print(f"{run(Path(file))} examples ran")
         case ["run", *files] if files:
-            print(f"{sum(run(Path(file)) for file in files)} examples ran")
+            run_all(files)
         case ["show", file, name]:
             print(show(Path(file), name), end="")
         case _:

@@ -101,6 +101,21 @@ def test_failures_and_blocks_that_would_never_run(examples, text, message):
     assert "\nno\n" not in done.stdout
 
 
+def test_files_run_side_by_side_and_are_told_one_after_the_other(tmp_path):
+    """Each waits for the other; a failure names its block and ends with 1, and what came before it is told."""
+    wait = "```bash\ntouch {0}/{1}\nuntil [ -e {0}/{2} ]; do sleep 0.05; done\necho {1} met\n```\n"
+    texts = [wait.format(tmp_path, "a", "b"), wait.format(tmp_path, "b", "a"), "```bash\nfalse\n```\n"]
+    files = [tmp_path / name for name in ("one.md", "two.md", "three.md")]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, RUNNER, "run", *files], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1 and done.stdout.index("a met") < done.stdout.index("b met")
+    assert "three.md:1 (bash): the example failed with exit code 1" in done.stdout
+    assert done.stderr == f"{files[2]}: an example failed, see above\n"
+
+
 def test_examples_read_no_input_and_meet_this_python_first(examples):
     done = examples("```bash\ncat\ncommand -v python\n```\n")
     assert str(Path(sys.executable).parent / "python") in done.stdout.splitlines()
