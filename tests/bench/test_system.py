@@ -8,7 +8,16 @@ from dataclasses import replace
 
 import pytest
 
-from duo_mlx.bench.system import Conditions, Output, cautions, changes, conditions, run_command, system_record
+from duo_mlx.bench.system import (
+    SWITCHES,
+    Conditions,
+    Output,
+    cautions,
+    changes,
+    conditions,
+    run_command,
+    system_record,
+)
 
 SECRETS = ("alice", "alices-macbook", "C02XK1SERIAL", "/Users/")
 MAC = {
@@ -51,6 +60,8 @@ def mac(command, limit):
 @pytest.fixture
 def owner(monkeypatch, tmp_path):
     """An environment full of names, and a Linux tree with more of them."""
+    for name in [name for name in os.environ if name.startswith(SWITCHES)]:
+        monkeypatch.delenv(name)
     names = {"USER": "alice", "LOGNAME": "alice", "HOME": "/Users/alice", "HOSTNAME": "alices-macbook"}
     paths = {"DUO_MLX_CACHE": "/Users/alice/cache", "OPENBLAS_VERBOSE": "alice", "MLX_METAL_PATH": "/Users/alice/metal"}
     for name, value in (names | paths | {"OPENBLAS_NUM_THREADS": "2", "MLX_METAL_FAST_SYNCH": "1"}).items():
