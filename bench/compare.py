@@ -9,15 +9,14 @@ The interval tells how sure the difference of these two results is, not how far 
 two results of the same program first.
 """
 
-import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from duo_mlx.bench import summary
+from duo_mlx.bench import alike, summary
 from duo_mlx.errors import DuoError
 from duo_mlx.intervals import Interval, interval
 
@@ -105,12 +104,12 @@ def compare(
         b: another.
         threshold: the change, as a fraction, from which a difference matters; raised to the noise floor of A and B.
         metrics: of `METRICS`; those that both have unless given.
-        allowed: of `DIFFERENCES`; in what A and B may differ.
+        allowed: of `duo_mlx.bench.alike.DIFFERENCES`; in what A and B may differ.
 
     Raises:
         DuoError: A and B were not measured alike, or have nothing in common.
     """
-    notes = _differences(a, b, allowed)
+    notes = alike.differences(a, b, allowed)
     cells = [{cell["id"]: cell for cell in result["cells"]} for result in (a, b)]
     ids = [name for name in cells[0] if name in cells[1]]
     if not ids:
@@ -274,77 +273,3 @@ def _has(cell: Record, metric: str) -> bool:
 
 def _why(cell: Record, metric: str) -> str:
     return str(cell["summary"]["why_no_energy"]) if metric in ENERGY and cell["summary"] else ""
-
-
-def _sessions(result: Record, condition: str) -> list[Any]:
-    return [session["conditions"].get(condition) for session in result["sessions"]]
-
-
-# by what --allow-different calls it: what must be alike, each as all values that a result has of it
-DIFFERENCES: dict[str, Callable[[Record], dict[str, list[Any]]]] = {
-    "chip": lambda result: {
-        name: [result["system"].get(key)]
-        for name, key in {"chip": "device", "processor": "chip", "computer": "model", "cores": "cores"}.items()
-    },
-    "power": lambda result: {
-        name.replace("_", " "): [result["system"].get(name), *_sessions(result, name)]
-        for name in ("power_source", "power_mode")
-    },
-    "model": lambda result: {
-        "model": [result["model"]["sha256"]],
-        "revision of the model": [result["model"]["revision"]],
-    },
-    "router": lambda result: {
-        "router and known patterns": [result["model"].get("routing_sha256")] if _chosen(result) else [],
-    },
-    "texts": lambda result: {
-        "prompts": [result["texts"]["prompts"]["sha256"]],
-        "held-out text": [result["texts"]["held_out"]["sha256"]],
-    },
-}
-
-
-def _chosen(result: Record) -> bool:
-    """Whether the model's own router or known patterns had a part in it."""
-    specs = [cell.get(key) or "" for cell in result["cells"] for key in ("route", "speculate")]
-    return any(spec.startswith(("router", "budget:", "default")) for spec in specs)
-
-
-def _differences(a: Record, b: Record, allowed: Collection[str]) -> list[str]:
-    """What must be said of how A and B were measured; what is unknown in one of them is not taken to differ."""
-    notes, refused = [], {}
-    for flag, known in DIFFERENCES.items():
-        sides = known(a), known(b)
-        found = [
-            f"{name}: {_words(sides[0][name])} in A, {_words(sides[1][name])} in B"
-            for name in sides[0]
-            if all(_known(side[name]) for side in sides) and _known(sides[0][name]) != _known(sides[1][name])
-        ]
-        if found and flag not in allowed:
-            refused[flag] = found
-        notes += found
-    if refused:
-        flags = " ".join(f"--allow-different {flag}" for flag in refused)
-        whats = "; ".join(what for found in refused.values() for what in found)
-        raise DuoError(f"A and B were not measured alike: {whats}; {flags} compares them all the same")
-    versions = [result["system"]["versions"] for result in (a, b)]
-    for name in sorted({*versions[0], *versions[1]}):
-        old, new = (each.get(name) for each in versions)
-        if old != new:
-            notes.append(f"{name}: {old or 'none'} in A, {new or 'none'} in B")
-    for side, result in (("A", a), ("B", b)):
-        if not result["complete"]:
-            notes.append(f"{side} is not finished: what it has is compared")
-        for caution in dict.fromkeys(caution for session in result["sessions"] for caution in session["cautions"]):
-            notes.append(f"{side} was measured with a caution: {caution}")
-    return notes
-
-
-def _known(values: Iterable[Any]) -> set[str]:
-    return {json.dumps(value, sort_keys=True) for value in values if value not in (None, {}, "")}
-
-
-def _words(values: Iterable[Any]) -> str:
-    """What was found, a hash by its beginning."""
-    texts = [text.strip('"') for text in sorted(_known(values))]
-    return " and ".join(text if len(text) < 60 else f"{text[:12]}..." for text in texts)

@@ -11,7 +11,7 @@ from duo_mlx.cli.columns import aligned
 if TYPE_CHECKING:
     from duo_mlx.bench.compare import Comparison, Row
 
-# equal to METRICS and DIFFERENCES of duo_mlx.bench.compare, which needs numpy
+# equal to METRICS of duo_mlx.bench.compare, which needs numpy, and DIFFERENCES of duo_mlx.bench.alike
 METRICS = ("tpot_s", "ttft_s", "decode_j_per_token", "prefill_j_per_token", "loss", "peak_bytes")
 DIFFERENCES = ("chip", "power", "model", "router", "texts")
 UNITS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from duo_mlx.bench import compare
+from duo_mlx.bench import alike, compare
 from duo_mlx.cli import bench_compare, main
 
 # the made result belongs to the tests of bench
@@ -125,7 +125,7 @@ def test_too_few_rounds_are_undecided(write):
 
 def test_the_choices_are_those_of_the_library():
     assert bench_compare.METRICS == compare.METRICS == tuple(bench_compare.UNITS)
-    assert tuple(compare.DIFFERENCES) == bench_compare.DIFFERENCES
+    assert tuple(alike.DIFFERENCES) == bench_compare.DIFFERENCES
 
 
 def test_help_gives_examples():
