@@ -117,11 +117,10 @@ def run_all(files: list[str]) -> None:
     Raises:
         SystemExit: a block failed.
     """
-    environment = {"OPENBLAS_NUM_THREADS": "1"} | os.environ  # they share the cores, of which each would take all
 
     def one(file: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, __file__, "run", file]
-        return subprocess.run(command, stdout=PIPE, stderr=STDOUT, text=True, env=environment, check=False)
+        return subprocess.run(command, stdout=PIPE, stderr=STDOUT, text=True, check=False)
 
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
         for file, done in zip(files, pool.map(one, files), strict=True):
