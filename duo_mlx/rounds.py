@@ -218,7 +218,7 @@ class Rounds:
 
         Processors see what was ``before`` and the inputs up to each place.
         """
-        rows = logits[0]
+        rows = logits.squeeze(0)
         if self._processors:
             seen = mx.concatenate([before, *(each[0] for each in inputs)])
             first = len(seen) - len(rows) + 1

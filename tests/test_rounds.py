@@ -1,6 +1,7 @@
 """Rounds of speculation against their definition: what is drafted and stands, what is computed, read, waited for."""
 
 import io
+import re
 from collections import Counter
 
 import mlx.core as mx
@@ -11,6 +12,8 @@ from mlx_lm.sample_utils import make_logits_processors
 from duo_mlx import checkpoint, conditional, cost, llama_parts
 from duo_mlx.ffns import nbytes
 from duo_mlx.policies import FixedPolicy, ReplayPolicy, parse_route
+from duo_mlx.rounds import Rounds
+from duo_mlx.routed import RoutedModel
 from duo_mlx.routes import Route, parse_pattern
 from duo_mlx.sampling import Sampling
 from duo_mlx.speculation import speculate
@@ -182,6 +185,25 @@ def test_shared_layers_are_computed_once(tiny_model, evaluated, verify, draft, s
             expected[layer, letter] += tokens if letter != "-" else 0
             expected[layer, "attention"] += 0 if letter == "-" and skip_scope == "layer" else tokens
     assert +counts == +expected
+
+
+def primitives(*outputs):
+    file = io.StringIO()
+    mx.export_to_dot(file, *outputs)
+    return Counter(re.findall(r'label ="([^"]+)", shape=rectangle', file.getvalue()))
+
+
+@pytest.mark.parametrize("pattern", ["BBBB", "Bs-B"])
+def test_a_step_without_drafts_is_a_step_of_plain_decoding(tiny_model, monkeypatch, pattern):
+    model = tiny_model()
+    plain, ours = model.make_cache(), model.make_cache()
+    for cache in (plain, ours):
+        mx.eval(model(mx.array([PROMPT]), cache), [layer.state for layer in cache])
+    logits = RoutedModel(model, route(pattern), start=len(PROMPT))(mx.array([[3]]), cache=plain)[:, -1]
+    logprobs = logits - mx.logsumexp(logits, keepdims=True)  # as in mlx-lm's `generate_step`
+    monkeypatch.setattr(mx, "async_eval", lambda *_: None)
+    step = Rounds(model, route(pattern), route("small"), "auto", ours, Sampling()).step([*PROMPT, 3])
+    assert primitives(step.token, step.logprobs) == primitives(Sampling()(logprobs), logprobs)
 
 
 WAITS = ("item", "tolist", "__array__", "__bool__", "__int__", "__float__", "__index__", "__iter__")
