@@ -94,7 +94,7 @@ class Auto:
     time of a round is the least of the latest with that many drafted tokens; unless times are given, the first rounds
     measure those of `OPENING`, other lengths are on straight lines through them, and the opening ends at one that could
     not pay were all its drafts accepted. Now and then a round drafts one token more than seems best, or none, since
-    acceptance and times change with the text and the context.
+    acceptance and times change with the text and the context. No draft stands until one of these says otherwise.
 
     Args:
         longest: number of drafted tokens.
@@ -109,6 +109,7 @@ class Auto:
         opening = OPENING if seconds is None else ()
         self._opening = [length for length in opening if length <= longest]
         self._chosen = 0  # rounds after the opening
+        self._best: int | None = None  # the length that pays, until a draft or a probe tells more
 
     def choose(self) -> int:
         if self._opening:
@@ -117,8 +118,11 @@ class Auto:
                 return length
             self._opening = []
         self._chosen += 1
-        best = best_length(self.acceptance(), self.seconds())
-        if self._chosen % PROBE:
+        probing = self._chosen % PROBE == 0
+        if self._best is None or probing:
+            self._best = best_length(self.acceptance(), self.seconds())
+        best = self._best
+        if not probing:
             return best
         if best > 0 and self._chosen % (2 * PROBE) == 0:
             return 0
@@ -127,6 +131,9 @@ class Auto:
 
     def observe(self, drafted: int, accepted: int, seconds: float) -> None:
         self._times.setdefault(drafted, deque(maxlen=KEPT)).append(seconds)
+        if drafted == 0:
+            return  # plain decoding is not to be slowed by sums
+        self._best = None
         tried = min(accepted + 1, drafted)  # those after the first that was not accepted tell nothing
         for counts, more in ((self._tried, tried), (self._accepted, accepted)):
             counts[:tried] *= FADE
