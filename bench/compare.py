@@ -17,14 +17,13 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 
 from duo_mlx.bench import alike, summary
+from duo_mlx.bench.alike import Record
 from duo_mlx.errors import DuoError
 from duo_mlx.intervals import Interval, interval
 
 THRESHOLD = 0.02
 ROUNDS = 3  # common to both, at least
 SURE = 5  # rounds; the bootstrap of a median over fewer is from the least to the greatest and covers less than 93 %
-Record = Mapping[str, Any]
-
 
 ROUNDED = {
     "tpot_s": summary.tpot,

@@ -94,7 +94,8 @@ class Auto:
     time of a round is the least of the latest with that many drafted tokens; unless times are given, the first rounds
     measure those of `OPENING`, other lengths are on straight lines through them, and the opening ends at one that could
     not pay were all its drafts accepted. Now and then a round drafts one token more than seems best, or none, since
-    acceptance and times change with the text and the context. No draft stands until one of these says otherwise.
+    acceptance and times change with the text and the context. Between these tries a choice of none
+    stands.
 
     Args:
         longest: number of drafted tokens.
