@@ -1,6 +1,7 @@
 """OpenBLAS is loaded before mlx, once, on Linux alone, and can be declined; a terminal is told where it is missing."""
 
 import ctypes
+import ctypes.util
 import io
 import os
 import subprocess
@@ -92,6 +93,85 @@ def test_no_stderr_at_all(preload, monkeypatch):
     _blas.preload.cache_clear()
     monkeypatch.setattr(sys, "stderr", None)
     assert _blas.preload() is None
+
+
+class Unknowing:
+    """An OpenBLAS that takes its kernels from the environment alone, as it is loaded."""
+
+    def __init__(self, found: str) -> None:
+        self._handle = 42
+        name = os.environ.get(_blas.CORETYPE, found)
+        self.openblas_get_corename = lambda: name.encode()
+
+
+AVX2, AVX512 = "avx avx2 fma", "avx avx2 fma avx512f avx512cd avx512bw avx512dq avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("found", "flags", "asked", "kernels", "loads"),
+    [
+        ("Prescott", AVX512, None, "SkylakeX", 2),
+        ("Prescott", AVX2, None, "Haswell", 2),
+        ("Prescott", "sse2 avx", None, "Prescott", 1),  # nothing better to be had
+        ("Prescott", AVX512.replace(" avx512vl", ""), None, "Haswell", 2),
+        ("Zen", AVX512, None, "Zen", 1),  # it knows the processor
+        ("Prescott", AVX512, "Nehalem", "Nehalem", 1),  # the user has said what to take
+        ("Prescott", AVX512, "Prescott", "Prescott", 1),
+    ],
+)
+def test_an_unknown_processor_gets_the_kernels_that_it_can_run(
+    monkeypatch, tmp_path, found, flags, asked, kernels, loads
+):
+    loaded, closed = [], []
+
+    def load(name: str, mode: int) -> Unknowing:
+        loaded.append((name, mode))
+        return Unknowing(found)
+
+    monkeypatch.setattr(_blas, "CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: avx512f\nflags\t\t: fpu {flags}\n\n" * 2)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(_blas._ctypes, "dlclose", closed.append)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
+    for name, value in ((_blas.OPT_OUT, None), (_blas.CORETYPE, asked)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    _blas.preload.cache_clear()
+    try:
+        assert _blas.preload() == f"{_blas.LIBRARIES[0]}, kernels for {kernels}"
+    finally:
+        _blas.preload.cache_clear()
+    assert loaded == [(_blas.LIBRARIES[0], ctypes.RTLD_GLOBAL)] * loads and closed == [42] * (loads - 1)
+    assert os.environ.get(_blas.CORETYPE) == asked
+
+
+LOADED_AGAIN = """
+import ctypes
+from duo_mlx import _blas
+name, kernels = _blas.LIBRARIES[1], {kernels!r}
+library = _blas._again(ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL), name, kernels)
+import mlx.core as mx, numpy as np
+whole = mx.arange(70_000.0).reshape(250, 280) % 7
+assert np.array_equal(np.array(whole @ whole.T), np.array(whole) @ np.array(whole).T)
+print(_blas._kernels(library))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenBLAS is of use on Linux alone")
+@pytest.mark.parametrize("kernels", _blas.KERNELS)
+def test_the_library_itself_can_be_loaded_again(kernels):
+    if not ctypes.util.find_library("openblas"):
+        pytest.skip("OpenBLAS is not installed here")
+    if kernels not in runnable():
+        pytest.skip("this processor cannot run these kernels")
+    code, environment = LOADED_AGAIN.format(kernels=kernels), without_opt_out(**{_blas.OPT_OUT: "0"})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [kernels]
+
+
+def runnable() -> list[str]:
+    flags = _blas.CPUINFO.read_text().split()
+    return [name for name, needed in _blas.KERNELS.items() if needed <= set(flags)]
 
 
 def run_without_openblas(stderr: int) -> None:
