@@ -1,7 +1,7 @@
 """Llama's norm, attention and FFN as a Duo layer needs them; what they compute is mlx-lm's.
 
-A pass over many tokens is ``[batch, tokens, hidden]``. A single token of each sequence, ``[batch, hidden]``, takes a
-shorter way through each of them: fewer reshapes, additions and products, the more so on the CPU.
+A pass that decodes, over a few tokens ``[batch, tokens, hidden]`` or one of each sequence, ``[batch, hidden]``, takes a
+shorter way through each of them: fewer additions and products, and fewer of everything on the CPU.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,13 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from duo_mlx.arguments import ModelArgs
-from duo_mlx.products import join, on_cpu, onto
+from duo_mlx.auto import FEW
+from duo_mlx.products import few, join, on_cpu, onto
+
+
+def decodes(x: mx.array) -> bool:
+    """Whether a pass over ``x`` takes the shorter way."""
+    return x.ndim == 2 or few(x)
 
 
 @mx.compile
@@ -26,7 +32,7 @@ class RMSNorm(nn.RMSNorm):
     """MLX's own; compiled where that makes 3 primitives of 11."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.ndim == 2 and on_cpu():
+        if decodes(x) and on_cpu():
             return _norm(x, self.weight, self.eps)
         normed: mx.array = super().__call__(x)
         return normed
@@ -51,23 +57,30 @@ class Attention(llama.Attention):
         residual: mx.array | None = None,
     ) -> mx.array:
         """What attention gives ``x [batch, tokens, hidden]`` or ``[batch, hidden]``, added to a ``residual``."""
-        single = x.ndim == 2
-        if single and self._qkv is not None:
+        if decodes(x) and self._qkv is not None:
             rotated = self.n_heads + self.n_kv_heads
-            heads = self._heads(self._qkv(x))
-            both = rotate(heads[:, :rotated])
-            queries, keys, values = both[:, : self.n_heads], both[:, self.n_heads :], heads[:, rotated:]
+            together = self._heads(self._qkv(x))
+            both = rotate(together[:, :rotated])
+            queries, keys, values = both[:, : self.n_heads], both[:, self.n_heads :], together[:, rotated:]
             if cache is not None:
                 keys, values = cache.update_and_fetch(keys, values)
         else:
             queries = rotate(self._heads(self.q_proj(x)))
             keys, values = self.remember(x, cache, rotate)
-        if single and on_cpu():  # heads that share keys as positions that do, or each would get a copy of them
-            queries = queries.reshape(len(x), self.n_kv_heads, -1, self.head_dim)
+        batch, heads, tokens, _ = queries.shape
+        grouped = decodes(x) and on_cpu() and not isinstance(mask, str)
+        if grouped:  # heads that share keys as positions that do, or each would get a copy of them
+            queries = queries.reshape(batch, self.n_kv_heads, -1, self.head_dim)
+            if tokens > 1 and mask is not None:
+                mask = mx.concatenate([mask] * (heads // self.n_kv_heads), axis=-2)
         mixed = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
-        if single:
-            return onto(residual, self.o_proj, mixed.reshape(len(x), -1))
-        out: mx.array = self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+        if tokens > 1:
+            mixed = mixed.reshape(batch, heads, tokens, -1) if grouped else mixed
+            mixed = mixed.transpose(0, 2, 1, 3)
+        mixed = mixed.reshape(*x.shape[:-1], -1)
+        if decodes(x):
+            return onto(residual, self.o_proj, mixed)
+        out: mx.array = self.o_proj(mixed)
         return out if residual is None else residual + out
 
     def remember(self, x: mx.array, cache: Any, rotate: Rotation) -> tuple[mx.array, mx.array]:
@@ -86,12 +99,14 @@ class Attention(llama.Attention):
     def rotation(self, tokens: int, cache: Any) -> Rotation:
         """How a pass over ``tokens`` after what the cache holds rotates the queries and keys of every layer."""
         offset = 0 if cache is None else cache.offset
-        if tokens == 1 and on_cpu() and isinstance(offset, int):
+        if tokens <= FEW and on_cpu() and isinstance(offset, int):
             # mx.fast.rope would be 29 primitives twice a layer. At one position a rotation is one matrix for all
             # layers: what it makes of the unit vectors.
-            units = mx.eye(self.head_dim)[None, :, None]
-            matrix = self.rope(units, offset=offset)[0, :, 0]
-            return lambda x: x @ matrix.astype(x.dtype)
+            units = mx.broadcast_to(mx.eye(self.head_dim)[None, :, None], (1, self.head_dim, tokens, self.head_dim))
+            matrices = self.rope(units, offset=offset)[0].swapaxes(0, 1)  # [tokens, head_dim, head_dim]
+            if tokens == 1:
+                return lambda x: x @ matrices[0].astype(x.dtype)
+            return lambda x: (x.swapaxes(1, 2) @ matrices.astype(x.dtype)).swapaxes(1, 2)
         return lambda x: self.rope(x, offset=offset)
 
     def _heads(self, x: mx.array) -> mx.array:
@@ -110,7 +125,7 @@ class MLP(llama.MLP):
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """What it gives ``x [..., hidden]``, added to the ``residual`` if there is one."""
-        if x.ndim > 2:
+        if not decodes(x):
             out: mx.array = super().__call__(x)
             return out if residual is None else residual + out
         if self._gate_up is None:

@@ -19,7 +19,7 @@ from duo_mlx.arguments import KnownPattern, ModelArgs
 from duo_mlx.errors import DuoError
 from duo_mlx.llama_parts import MLP, Attention, RMSNorm, Rotation
 from duo_mlx.lookahead import LookAhead
-from duo_mlx.products import tall
+from duo_mlx.products import few, on_cpu, tall
 from duo_mlx.router import LinearRouter, Router
 from duo_mlx.routes import LETTERS, Route
 
@@ -158,7 +158,9 @@ class Decoder(nn.Module):
         slides = [layer.use_sliding for layer in self.layers[start : start + len(caches)]]
         for sliding in sorted(set(slides)):
             window = self.args.sliding_window if sliding else None
-            masks[sliding] = create_attention_mask(h, caches[slides.index(sliding)], window_size=window)
+            masks[sliding] = create_attention_mask(
+                h, caches[slides.index(sliding)], window_size=window, return_array=few(h) and on_cpu()
+            )
         return masks
 
 

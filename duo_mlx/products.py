@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from duo_mlx.auto import FEW
+
 FORMAT = ("mode", "bits", "group_size")
 PIECES = 64  # of a tall product
 TALL = 256 * PIECES  # outputs
@@ -22,6 +24,11 @@ def on_cpu() -> bool:
     Where a small model decodes, these take longer than what they stand between, the products with its weights.
     """
     return mx.default_device().type == mx.DeviceType.cpu
+
+
+def few(x: mx.array) -> bool:
+    """Whether hidden states ``[..., hidden]`` are of so few tokens that a pass over them decodes."""
+    return x.size <= FEW * x.shape[-1]
 
 
 def join(parts: Sequence[nn.Module]) -> nn.Module | None:
@@ -47,7 +54,7 @@ def join(parts: Sequence[nn.Module]) -> nn.Module | None:
 
 
 def onto(residual: mx.array | None, linear: nn.Module, row: mx.array) -> mx.array:
-    """``residual + linear(row)`` for ``[batch, width]``, in one operation where the map is of plain floats."""
+    """``residual + linear(row)`` for ``[..., width]``, in one operation where the map is of plain floats."""
     if residual is None:
         return linear(row)
     if type(linear) is nn.Linear and "bias" not in linear:

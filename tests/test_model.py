@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache
 from mlx_lm.utils import quantize_model
 from safetensors import safe_open
 
@@ -254,7 +255,7 @@ def test_small_is_in_the_tree_where_there_is_one_and_nowhere_twice(tiny_model, s
 @pytest.mark.parametrize("route", [Route.BIG, Route.SMALL])
 def test_without_any_small_both_routes_are_llama(tiny_model, llama_twin, route):
     model = tiny_model(small_layers=[])
-    tokens = mx.array([[3, 1, 4, 1, 5]])
+    tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5]])
     assert mx.array_equal(model(tokens, routes=[route] * 4), llama_twin(model)(tokens)).item()
 
 
@@ -377,6 +378,37 @@ def test_fused_projections_give_the_same_numbers(tiny_model, variant, quantise, 
         part = tokens[:, start:stop]
         found, expected = fused(part, cache=ours, routes=[2, 1, 0, 2]), model(part, cache=theirs, routes=[2, 1, 0, 2])
         np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=1e-5)
+
+
+def padded_cache():
+    """Of two sequences, the second one token shorter than the first."""
+    return BatchKVCache([0, 1])
+
+
+def window_cache():
+    return RotatingKVCache(max_size=8)
+
+
+def quantised_cache():
+    return QuantizedKVCache(group_size=32, bits=8)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("make", [KVCache, padded_cache, window_cache, quantised_cache])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_few_tokens_after_any_cache_are_llama(tiny_model, llama_twin, kv_heads, make, fuse):
+    """Of those that mlx-lm has, full or not: llama knows nothing of the shorter way that few tokens take."""
+    model = tiny_model(**WIDE, head_dim=32, num_attention_heads=4, num_key_value_heads=kv_heads)
+    twin = llama_twin(model)
+    if fuse:
+        model.fuse()
+    near = 5e-3 if make is quantised_cache else 1e-5  # the last bit of a key may lie on either side of a rounding
+    tokens = mx.array(np.random.default_rng(kv_heads).integers(0, 32, (2, 24)))
+    ours, theirs = ([make() for _ in range(4)] for _ in range(2))
+    for start, stop in ((0, 10), (10, 12), (12, 13), (13, 17), (17, 24)):
+        part = tokens[:, start:stop]
+        found, expected = model(part, cache=ours, routes=[2] * 4), twin(part, cache=theirs)
+        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=near)
 
 
 def test_fusing_takes_no_memory(tiny_config):
