@@ -107,6 +107,29 @@ def cache_bytes(model: Model, context: int) -> RouteTable:
     return RouteTable(0, by_route)
 
 
+def pass_cache_bytes(model: Model) -> Callable[[Routes, int], int]:
+    """Bytes of an unquantised KV cache that one pass reads, by its routes ``[tokens, layers]`` and its context.
+
+    As `cache_bytes`, with what a layer's dearest token reads. The context is the number of positions attended to.
+    """
+    args, window = model.args, model.args.sliding_window
+    position = int(cache_bytes(model, 1).by_route[0, Route.BIG])
+    slides = np.array([kind == "sliding_attention" for kind in args.layer_types])
+
+    @lru_cache(maxsize=1024)
+    def layers(routes: bytes) -> tuple[int, int, int]:
+        """How many attend to all positions, to those of a window, and write theirs alone."""
+        rows = np.frombuffer(routes, np.uint8).reshape(-1, len(slides))
+        attend = (rows != Route.SKIP).any(axis=0) | (args.skip_scope != "layer")
+        return int((attend & ~slides).sum()), int((attend & slides).sum()), int((~attend).sum())
+
+    def read(routes: Routes, context: int) -> int:
+        whole, windows, written = layers(routes.astype(np.uint8, copy=False).tobytes())
+        return position * (whole * context + windows * min(context, window or context) + written)
+
+    return read
+
+
 def _attended(args: ModelArgs, context: int) -> NDArray[np.int64]:
     """To how many of ``context`` positions a token attends, ``[layers, 3]``."""
     within = min(context, args.sliding_window or context)

@@ -91,7 +91,7 @@ class Rounds:
     ):
         self._model, self._verify, self._draft, self._strategy = model, verify, draft, strategy
         self._cache, self._sampling, self._processors = cache, sampling, processors
-        self._bytes = cost.pass_bytes(model)
+        self._weight_bytes, self._cache_bytes = cost.pass_bytes(model), cost.pass_cache_bytes(model)
 
         @lru_cache(maxsize=1024)
         def plans(routes: bytes, tokens: int, layers: int) -> list[Any]:
@@ -239,13 +239,12 @@ class Rounds:
 
     def _reads(self, start: int, drafting: Routes, verifying: Routes, shared: int) -> tuple[int, int]:
         """Bytes of weights, and of keys and values, that a round's passes after ``start`` positions read."""
-        rest = verifying.copy()
-        rest[:, :shared] = verifying[-1, :shared]  # the verifying pass has but its last token there
-        passes = [*drafting[:, None], rest]
-        table = cost.cache_bytes(self._model, start + 1 + len(drafting) // 2)  # in the middle of the round
-        layers = np.arange(rest.shape[1])
-        of_cache = sum(int(table.by_route[layers, routes].max(axis=0).sum()) for routes in passes)
-        return sum(map(self._bytes, passes)), of_cache
+        rest = verifying
+        if shared:
+            rest = verifying.copy()
+            rest[:, :shared] = verifying[-1, :shared]  # the verifying pass has but its last token there
+        passes, context = [*drafting[:, None], rest], start + 1 + len(drafting) // 2  # in the middle of the round
+        return sum(map(self._weight_bytes, passes)), sum(self._cache_bytes(routes, context) for routes in passes)
 
 
 def patterns(model: Model, policy: Policy, start: int, stop: int) -> Routes:

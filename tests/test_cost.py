@@ -118,6 +118,18 @@ def test_a_sliding_layer_reads_no_more_than_its_window(tiny_model):
     assert cost.cache_bytes(sliding, 100).of(routes) * 200 == cost.cache_bytes(full, 100).of(routes) * 104
 
 
+@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+def test_a_pass_reads_what_each_layer_s_dearest_token_reads(tiny_model, skip_scope):
+    model = tiny_model(layer_types=["full_attention", "sliding_attention"] * 2, sliding_window=4, skip_scope=skip_scope)
+    read, random = cost.pass_cache_bytes(model), np.random.default_rng(0)
+    for context in (1, 4, 5, 100):
+        table = cost.cache_bytes(model, context).by_route
+        for tokens in (1, 1, 3, 3):
+            routes = random.choice(3, (tokens, 4), p=[0.7, 0.15, 0.15]).astype(np.uint8)
+            dearest = [max(table[layer, route] for route in routes[:, layer]) for layer in range(4)]
+            assert read(routes, context) == sum(dearest)
+
+
 def test_tables_add():
     one = cost.RouteTable(1, np.arange(6).reshape(2, 3))
     assert (one + one).of(np.array([2, 0], np.uint8)) == 2 * one.of(np.array([2, 0], np.uint8)) == 2 * (1 + 2 + 3)
