@@ -19,7 +19,7 @@ from duo_mlx.errors import DuoError
 LONGEST = auto.FEW - 1  # drafted by `Auto`: with the token before them, what a pass still takes as decoding
 OPENING = (0, 1, 3, 7)  # lengths whose times are learned first: passes over 1 token, 2, 4 and 8
 PROBE = 32  # rounds after which another choice is tried once
-RARELY = 8  # times as many, if that could not pay were all drafts accepted
+SHARE = 0.01  # of all time that such tries may lose
 KEPT = 5  # times of a length that count, the latest
 FADE = 1 - 1 / 16  # of what a position's acceptance was, with each token that tells of it
 WEIGHT = 2.0  # in tokens, of what all positions tell of one
@@ -91,47 +91,43 @@ class Auto:
     """What pays, by running acceptance and times.
 
     Acceptance is counted by position, fades, and leans on that of all positions where a position has seen little. The
-    time of a round is the least of the latest with that many drafted tokens; unless times are given, the first rounds
-    measure those of `OPENING`, other lengths are on straight lines through them, and the opening ends at one that could
-    not pay were all its drafts accepted. Now and then a round drafts one token more than seems best, or none, since
-    acceptance and times change with the text and the context. Between these tries a choice of none
-    stands.
+    time of a round is the least of the latest with that many drafted tokens; other lengths are on straight lines
+    through those that were measured. The first rounds measure `OPENING`, as long as all drafts stand and the next could
+    pay. From then on a round now and then drafts one token more than seems best, or none, since acceptance and times
+    change with the text and the context: as often as all such tries together are not expected to lose more than `SHARE`
+    of the time. Between them a choice of none stands.
 
     Args:
         longest: number of drafted tokens.
-        seconds: of a round with 0 to ``longest`` drafted tokens, as from `round_seconds`; None: measured.
     """
 
-    def __init__(self, longest: int = LONGEST, seconds: Sequence[float] | Floats | None = None):
+    def __init__(self, longest: int = LONGEST):
         self._longest = longest
-        self._given = seconds
         self._times: dict[int, deque[float]] = {}
         self._tried, self._accepted = np.zeros(longest), np.zeros(longest)
-        opening = OPENING if seconds is None else ()
-        self._opening = [length for length in opening if length <= longest]
+        self._opening = [length for length in OPENING if length <= longest]
         self._chosen = 0  # rounds after the opening
         self._best: int | None = None  # the length that pays, until a draft or a probe tells more
+        self._pace: float | None = None  # seconds a token at that length, as expected
+        self._elapsed = self._lost = 0.0  # seconds: in all, and by tries that were slower than that pace
 
     def choose(self) -> int:
         if self._opening:
             length = self._opening.pop(0)
-            if length < 2 or not self._hopeless(length):
+            if length < 2 or self._may_pay(length):
                 return length
             self._opening = []
         self._chosen += 1
-        probing = self._chosen % PROBE == 0
-        if self._best is None or probing:
-            self._best = best_length(self.acceptance(), self.seconds())
-        best = self._best
-        if not probing:
-            return best
-        if best > 0 and self._chosen % (2 * PROBE) == 0:
-            return 0
-        longer = min(best + 1, self._longest)
-        return best if self._hopeless(longer) and self._chosen % (RARELY * PROBE) else longer
+        if self._best is None:
+            self._find_best()
+        return self._probe() if self._chosen % PROBE == 0 else self._best or 0
 
     def observe(self, drafted: int, accepted: int, seconds: float) -> None:
         self._times.setdefault(drafted, deque(maxlen=KEPT)).append(seconds)
+        self._elapsed += seconds
+        if drafted != (self._best or 0):
+            pace = min(self._times.get(0, [seconds])) if self._pace is None else self._pace
+            self._lost = max(0.0, self._lost + seconds - (accepted + 1) * pace)
         if drafted == 0:
             return  # plain decoding is not to be slowed by sums
         self._best = None
@@ -139,6 +135,8 @@ class Auto:
         for counts, more in ((self._tried, tried), (self._accepted, accepted)):
             counts[:tried] *= FADE
             counts[:more] += 1
+        if accepted < drafted:
+            self._opening = []
 
     def acceptance(self) -> Floats:
         """Of each position's drafted token, where all before it were accepted, ``[longest]``."""
@@ -147,8 +145,6 @@ class Auto:
 
     def seconds(self) -> Floats:
         """Of a round with 0, 1, 2 ... drafted tokens, ``[longest + 1]``."""
-        if self._given is not None:
-            return np.asarray(self._given)
         known = sorted(self._times)
         least, lengths = [min(self._times[length]) for length in known], np.arange(self._longest + 1)
         found = np.interp(lengths, known, least)
@@ -157,10 +153,24 @@ class Auto:
         found[beyond] = least[-1] + slope * (lengths[beyond] - known[-1])
         return found
 
-    def _hopeless(self, length: int) -> bool:
-        """Whether that many drafts, were they all accepted, would not be faster than none."""
+    def _find_best(self) -> None:
+        tokens, seconds = tokens_expected(self.acceptance()), self.seconds()
+        self._best = int(np.argmax(tokens / seconds))
+        self._pace = float(seconds[self._best] / tokens[self._best])
+
+    def _probe(self) -> int:
+        """Another length than the best one, if it may be tried; every other time none, where one pays."""
+        self._find_best()
+        best = self._best or 0
+        length = 0 if best and self._chosen % (2 * PROBE) == 0 else min(best + 1, self._longest)
+        tokens, seconds = tokens_expected(self.acceptance()), self.seconds()
+        loss = seconds[length] - tokens[length] * seconds[best] / tokens[best]
+        return length if self._lost + loss <= SHARE * self._elapsed else best
+
+    def _may_pay(self, length: int) -> bool:
+        """Whether that many drafts, were they all accepted, would be faster than none."""
         seconds = self.seconds()
-        return bool((length + 1) * seconds[0] <= seconds[length])
+        return bool((length + 1) * seconds[0] > seconds[length])
 
 
 def lengths(draft_tokens: int | str | Lengths) -> Lengths:
