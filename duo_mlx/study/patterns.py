@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from duo_mlx import cost
 from duo_mlx.budget import shares_of_bytes
 from duo_mlx.model import KnownPattern, Model
 from duo_mlx.routes import Route, format_pattern, parse_pattern
+from duo_mlx.study.losses import token_losses
+from duo_mlx.study.tree import Branches
 
 LOWER = {Route.BIG: (Route.SMALL, Route.SKIP), Route.SMALL: (Route.SKIP,), Route.SKIP: ()}
 REMEASURED = 6  # prices measured anew in a step before the cheapest of them is taken
@@ -30,7 +31,7 @@ class PatternLoss:
 
     def __init__(self, model: Model, windows: mx.array):
         self.model = model
-        self.targets = windows[:, 1:]
+        self.targets = np.array(windows[:, 1:])
         self.pattern = np.full(model.args.num_hidden_layers, Route.BIG, np.uint8)
         embedded = model.model.embed_tokens(windows[:, :-1])
         self._masks = model.model.masks(embedded, [None] * len(model.layers))
@@ -61,13 +62,12 @@ class PatternLoss:
         for index in range(first, len(self.model.layers)):
             layer = self.model.layers[index]
             chosen = route if index == first else Route(int(self.pattern[index]))
-            h = layer(h, self._masks[layer.use_sliding], None, self._rotate, chosen, "planned")
+            h = Branches(layer, h, self._masks[layer.use_sliding], self._rotate).take(chosen, lambda part: part)
             mx.eval(h)
             states.append(h)
         total = 0.0
         for row, targets in zip(self.model.model.norm(h), self.targets, strict=True):
-            logits = self.model.head(row).astype(mx.float32)  # in half precision the sum would lose what moves cost
-            total += float(nn.losses.cross_entropy(logits, targets, reduction="sum"))
+            total += float(token_losses(self.model.head(row[None]), targets).sum(dtype=np.float64))
         return total / self.targets.size, states
 
 
