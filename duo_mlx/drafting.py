@@ -118,9 +118,8 @@ class Auto:
                 return length
             self._opening = []
         self._chosen += 1
-        if self._best is None:
-            self._find_best()
-        return self._probe() if self._chosen % PROBE == 0 else self._best or 0
+        best = self._find_best() if self._best is None else self._best
+        return self._probe() if self._chosen % PROBE == 0 else best
 
     def observe(self, drafted: int, accepted: int, seconds: float) -> None:
         self._times.setdefault(drafted, deque(maxlen=KEPT)).append(seconds)
@@ -153,17 +152,16 @@ class Auto:
         found[beyond] = least[-1] + slope * (lengths[beyond] - known[-1])
         return found
 
-    def _find_best(self) -> None:
-        tokens, seconds = tokens_expected(self.acceptance()), self.seconds()
-        self._best = int(np.argmax(tokens / seconds))
-        self._pace = float(seconds[self._best] / tokens[self._best])
+    def _find_best(self) -> int:
+        acceptance, seconds = self.acceptance(), self.seconds()
+        self._best = best = best_length(acceptance, seconds)
+        self._pace = float(seconds[best] / tokens_expected(acceptance)[best])
+        return best
 
     def _probe(self) -> int:
         """Another length than the best one, if it may be tried; every other time none, where one pays."""
-        self._find_best()
-        best = self._best or 0
+        best, tokens, seconds = self._find_best(), tokens_expected(self.acceptance()), self.seconds()
         length = 0 if best and self._chosen % (2 * PROBE) == 0 else min(best + 1, self._longest)
-        tokens, seconds = tokens_expected(self.acceptance()), self.seconds()
         loss = seconds[length] - tokens[length] * seconds[best] / tokens[best]
         return length if self._lost + loss <= SHARE * self._elapsed else best
 

@@ -71,7 +71,7 @@ class Attention(llama.Attention):
         grouped = decodes(x) and on_cpu() and not isinstance(mask, str)
         if grouped:  # heads that share keys as positions that do, or each would get a copy of them
             queries = queries.reshape(batch, self.n_kv_heads, -1, self.head_dim)
-            if tokens > 1 and mask is not None:
+            if tokens > 1 and isinstance(mask, mx.array):
                 mask = mx.concatenate([mask] * (heads // self.n_kv_heads), axis=-2)
         mixed = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
         if tokens > 1:
