@@ -34,6 +34,7 @@ from duo_mlx import checkpoint
 from duo_mlx.bench.oracle import first_layers
 from duo_mlx.bench.peer import filled_cache
 from duo_mlx.errors import DuoError
+from duo_mlx.llama_parts import Attention
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.processes import Processes
 from duo_mlx.routes import Route, Routes
@@ -313,22 +314,23 @@ def committed(model: Model, big: int) -> Work:
 
 @contextmanager
 def evaluations(model: Model, tokens: int) -> Iterator[Work]:
-    """How often modules are evaluated on so many tokens, by the rows that go through their last products."""
+    """How often modules are evaluated on so many tokens, by the rows that go in; of an FFN, into its last product."""
     kinds = {id(model.model.embed_tokens): "head"}
     for layer in model.layers:
-        kinds |= {id(layer.self_attn.o_proj): "attention"}
+        kinds |= {id(layer.self_attn): "attention"}
         kinds |= {id(module.down_proj): "ffn" for module in (layer.mlp.big, layer.mlp.small)}
     work = Work()
 
     def counted(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-        def call(module: nn.Module, x: mx.array) -> mx.array:
+        def call(module: nn.Module, x: mx.array, *others: Any, **named: Any) -> mx.array:
             if kind := kinds.get(id(module)):
                 setattr(work, kind, getattr(work, kind) + x.size // x.shape[-1] // tokens)
-            return function(module, x)
+            return function(module, x, *others, **named)
 
         return call
 
+    attention = patch.object(Attention, "__call__", counted(Attention.__call__))
     linear = patch.object(nn.Linear, "__call__", counted(nn.Linear.__call__))
     head = patch.object(nn.Embedding, "as_linear", counted(nn.Embedding.as_linear))
-    with linear, head:
+    with attention, linear, head:
         yield work

@@ -250,13 +250,13 @@ def test_the_tokens_of_a_round_share_its_time(scripted):
 
 
 def test_what_auto_learns_stays_and_can_be_forgotten(scripted):
-    generator, _ = scripted([(0, 1), (1, 2), (3, 1), (7, 1)] + [(0, 1)] * 40, "auto")
-    generator.decode(14)
+    generator, _ = scripted([(0, 1), (1, 2), (3, 4), (7, 1)] + [(0, 1)] * 40, "auto")
+    generator.decode(24)
     wanted = generator._rounds.wanted
     assert wanted[:4] == [0, 1, 3, 7]  # what it tries first
     learned = len(wanted)
     generator.decode(4)
-    assert wanted[learned:] == [0, 0, 0]  # it knows what pays
+    assert wanted[learned:] == [1, 1, 0]  # it knows what pays, as far as there is room
     generator.forget()
     learned = len(wanted)
     generator.decode(14)
