@@ -1,42 +1,22 @@
 """How much of a text a draft gets right: with which probability its first token is accepted after every prefix.
 
-A draft reads keys and values that the verifying routes left for all tokens before, and its own for itself. So one
-teacher-forced pass over a window is a draft after each of its prefixes at once: the caches of this pass hand out the
-verifying pass's keys and values beside the draft's own, and a position may look at the former before itself and at the
-latter at itself. What it costs is a pass, whatever the length of the window.
+What it costs is a pass over the text (`duo_mlx.beside`), whatever its length.
 """
 
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache
 from numpy.typing import NDArray
 
-from duo_mlx import conditional
+from duo_mlx import beside, conditional
 from duo_mlx.drafting import LONGEST, Floats
 from duo_mlx.model import Model
 from duo_mlx.routes import Routes
 from duo_mlx.sampling import Sampling
 
 STRATEGY = "planned"
-
-
-class _Beside:
-    """A layer's cache in a pass of drafts: positions that were verified, and then the same positions drafted."""
-
-    offset = 0  # drafts are rotated as their positions are
-
-    def __init__(self, verified: KVCache):
-        self._keys, self._values = verified.keys_and_values()
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return mx.concatenate([self._keys, keys], axis=2), mx.concatenate([self._values, values], axis=2)
-
-    def make_mask(self, tokens: int, window_size: int | None = None, **_: Any) -> mx.array:
-        own = mx.eye(tokens, dtype=mx.bool_)
-        return mx.concatenate([create_causal_mask(tokens, window_size=window_size) & ~own, own], axis=1)
 
 
 class Acceptance:
@@ -54,14 +34,14 @@ class Acceptance:
         self._rows = [mx.array(row[None]) for row in tokens]
         self._verified = []  # by window: what the last norm gave, and the caches
         for row in self._rows:
-            caches = [KVCache() for _ in model.layers]  # of whole windows, where attention slides too
+            caches = beside.verifying(len(model.layers))
             self._verified.append((self._pass(row, verify, caches), caches))
 
     def of(self, pattern: Routes) -> NDArray[np.float32]:
         """Of the token that ``pattern [layers]`` drafts after each position, ``[samplings, windows, tokens]``."""
         found = []
         for row, (verified, caches) in zip(self._rows, self._verified, strict=True):
-            drafted = self._pass(row, pattern, [_Beside(cache) for cache in caches])
+            drafted = self._pass(row, pattern, beside.drafting(caches))
             p, q = (self._model.head(each)[0] for each in (verified, drafted))
             accepted = mx.stack([sampling.acceptance(q, p) for sampling in self._samplings])
             found.append(np.array(accepted.astype(mx.float32)))

@@ -45,7 +45,9 @@ class Passes:
         """Keys of the dropout in one sequence ``[layers, branches, 2]``."""
         return random.integers(1 << 32, size=(layers, BRANCHES, 2), dtype=np.uint32)
 
-    def logits(self, model: Model, tokens: mx.array, routes: Routes, keys: Keys) -> mx.array:
+    def logits(
+        self, model: Model, tokens: mx.array, routes: Routes, keys: Keys, caches: Sequence[Any] | None = None
+    ) -> mx.array:
         """Logits ``[sequences, length, vocab]`` in float32.
 
         Args:
@@ -53,14 +55,17 @@ class Passes:
             tokens: ids ``[sequences, length]``, at least two of a sequence.
             routes: ``[sequences, length, layers]``, or ``[layers]`` for all tokens.
             keys: of the dropout.
+            caches: one a layer, which are not changed (`duo_mlx.beside`); None: there is nothing before the tokens.
         """
         decoder, layers = model.model, model.layers
+        caches = [None] * len(layers) if caches is None else list(caches)
         h = decoder.embed_tokens(tokens)
         planned = conditional.plan(routes, len(tokens), tokens.shape[1], len(layers), STRATEGY)
-        masks = decoder.masks(h, [None] * len(layers))
-        rotate = layers[0].self_attn.rotation(tokens.shape[1], None)
+        masks = decoder.masks(h, caches)
+        rotate = layers[0].self_attn.rotation(tokens.shape[1], caches[0])
         for number, layer in enumerate(layers):
-            step = self._through(layer, masks[layer.use_sliding], rotate, planned[number], mx.array(keys[:, number]))
+            where = masks[layer.use_sliding], caches[number], rotate
+            step = self._through(layer, *where, planned[number], mx.array(keys[:, number]))
             h = (nn.utils.checkpoint(layer, step) if self.recompute else step)(h)
         return model.head(decoder.norm(h)).astype(mx.float32)
 
@@ -89,12 +94,12 @@ class Passes:
         return model.head(decoder.norm(h)).astype(mx.float32), mx.stack(found)
 
     def _through(
-        self, layer: Layer, mask: mx.array | str | None, rotate: Rotation, route: Any, keys: mx.array
+        self, layer: Layer, mask: mx.array | str | None, cache: Any, rotate: Rotation, route: Any, keys: mx.array
     ) -> Callable[[mx.array], mx.array]:
         """One layer as a function of its input; ``keys [sequences, branches, 2]``."""
 
         def through(x: mx.array) -> mx.array:
-            attended = self._drop(layer.self_attn(layer.input_layernorm(x), mask, None, rotate), keys[:, 0])
+            attended = self._drop(layer.self_attn(layer.input_layernorm(x), mask, cache, rotate), keys[:, 0])
             if layer.skips_attention:
                 attended = conditional.keep_unless_skipped(attended, route)
             h = x + attended

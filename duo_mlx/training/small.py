@@ -2,10 +2,9 @@
 
 Two objectives. ``lm``: the loss on the text under random routing, as in stage 1. ``draft``: what speculative decoding
 wants of a draft, the next-token distribution that all big has. A draft reads keys and values that all big wrote when it
-verified the text so far, so a sequence's tokens take big up to a random place, and the draft's pattern from there; the
-loss is the mean Kullback-Leibler divergence from all big's distribution to the draft's over the tokens from that place
-on. Texts are given, not generated ("teacher forced"). What is left aside: a draft is a few tokens long, here it goes on
-to the window's end.
+verified the text so far: each token of a text is a first draft after those before it (`duo_mlx.beside`). The loss is the
+mean Kullback-Leibler divergence from all big's distribution to the draft's. Texts are given, not generated ("teacher
+forced"). What is left aside: a round's later drafts also read keys and values of drafts.
 """
 
 from dataclasses import dataclass
@@ -14,11 +13,12 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
+from duo_mlx import beside
 from duo_mlx.model import Model
-from duo_mlx.routes import Route, Routes
+from duo_mlx.routes import Route
 from duo_mlx.sampling import Sampling
-from duo_mlx.training.routing import UNIFORM, VALIDATION, RandomRouting
-from duo_mlx.training.stage import Drawn, randomness
+from duo_mlx.training.routing import UNIFORM, RandomRouting
+from duo_mlx.training.stage import Drawn
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,13 @@ class Draft(SmallLearns):
         return super().learns(name) and self.pattern[int(name.split(".")[2])] == Route.SMALL  # model.layers.N.mlp ...
 
     def draw(self, random: np.random.Generator, length: int, step: int) -> Drawn:  # noqa: ARG002
-        start = int(random.integers(length))
-        return {
-            "routes": self._after(start, length),
-            "drafted": np.arange(length) >= start,
-            "keys": self.passes.keys(random, self.layers),
-        }
+        return {"keys": self.passes.keys(random, self.layers)}
 
     def loss(self, model: Model, windows: mx.array, drawn: Drawn) -> mx.array:
         tokens = windows[:, :-1]
-        draft = self.passes.logits(model, tokens, drawn["routes"], drawn["keys"])
-        return _mean(_divergence(mx.stop_gradient(self._big(model, tokens)), draft), drawn["drafted"])
+        big, caches = self._verified(model, tokens)
+        draft = self.passes.logits(model, tokens, np.array(self.pattern, np.uint8), drawn["keys"], caches)
+        return _divergence(big, draft).mean(axis=-1)
 
     def measure(self, model: Model, windows: mx.array, first: int) -> dict[str, mx.array]:
         """The loss by route; the divergence ``kl``, and the share of drafted tokens that all big ``accepted``.
@@ -63,31 +59,22 @@ class Draft(SmallLearns):
         The probability with which a token that is sampled from the draft's distribution is accepted (Leviathan et al.,
         arXiv 2211.17192).
         """
-        tokens, length = windows[:, :-1], windows.shape[1] - 1
-        drawn = [self.draw(randomness(self.seed, VALIDATION, first + row), length, 0) for row in range(len(windows))]
-        routes, drafted = (np.stack([each[name] for each in drawn]) for name in ("routes", "drafted"))
-        big, draft = self._big(model, tokens), model(tokens, routes=routes).astype(mx.float32)
+        tokens = windows[:, :-1]
+        big, caches = self._verified(model, tokens)
+        draft = model(tokens, caches, routes=list(self.pattern)).astype(mx.float32)
         return super().measure(model, windows, first) | {
-            "kl": _mean(_divergence(big, draft), drafted),
-            "accepted": _mean(Sampling(1.0).acceptance(draft, big), drafted),
+            "kl": _divergence(big, draft).mean(axis=-1),
+            "accepted": Sampling(1.0).acceptance(draft, big).mean(axis=-1),
         }
 
-    def _big(self, model: Model, tokens: mx.array) -> mx.array:
-        return model(tokens, routes=[Route.BIG] * self.layers).astype(mx.float32)
-
-    def _after(self, start: int, length: int) -> Routes:
-        routes = np.full((length, self.layers), Route.BIG, np.uint8)
-        routes[start:] = self.pattern
-        return routes
+    def _verified(self, model: Model, tokens: mx.array) -> tuple[mx.array, list[beside.Beside]]:
+        """All big's logits ``[sequences, length, vocab]``, to which no gradient goes, and caches for drafts."""
+        caches = beside.verifying(self.layers)
+        big = model(tokens, caches, routes=[Route.BIG] * self.layers).astype(mx.float32)
+        return mx.stop_gradient(big), beside.drafting(caches)
 
 
 def _divergence(p: mx.array, q: mx.array) -> mx.array:
     """KL(p || q) in nats of two distributions given by logits ``[..., vocab]``."""
-    log_p, log_q = (each - mx.logsumexp(each, axis=-1, keepdims=True) for each in (p, q))
-    return (mx.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-
-
-def _mean(values: mx.array, where: np.ndarray) -> mx.array:
-    """The mean of each row's ``values [sequences, length]`` at the places that count."""
-    weights = mx.array(where / where.sum(axis=-1, keepdims=True), mx.float32)
-    return (values * weights).sum(axis=-1)
+    total_p, total_q = (mx.logsumexp(each, axis=-1) for each in (p, q))
+    return (mx.exp(p - total_p[..., None]) * (p - q)).sum(axis=-1) - total_p + total_q

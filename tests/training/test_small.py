@@ -22,10 +22,21 @@ def log_softmax(logits):
     )
 
 
-def distributions(model, windows, drawn):
-    """Log-probabilities of all big and of the draft."""
+def distributions(model, windows, pattern=PATTERN):
+    """Log-probabilities ``[windows, tokens, vocab]`` of all big, and of a draft after each prefix that big has read."""
     tokens = mx.array(windows[:, :-1])
-    return [log_softmax(np.array(model(tokens, routes=routes))) for routes in ([2] * LAYERS, drawn["routes"])]
+    drafted = []
+    for place in range(tokens.shape[1]):
+        cache = model.make_cache()
+        if place:
+            model(tokens[:, :place], cache, routes=[2] * LAYERS)
+        drafted.append(np.array(model(tokens[:, place : place + 1], cache, routes=list(pattern))[:, 0]))
+    return log_softmax(np.array(model(tokens, routes=[2] * LAYERS))), log_softmax(np.stack(drafted, axis=1))
+
+
+def divergences(big, draft):
+    """KL(big || draft) of each token."""
+    return (np.exp(big) * (big - draft)).sum(-1)
 
 
 @pytest.mark.parametrize("stage", [SmallLearns(LAYERS), DRAFT], ids=["lm", "draft"])
@@ -40,25 +51,14 @@ def test_nothing_but_small_changes(trainer, stage):
         assert np.array_equal(np.array(each), before[name]) != (".mlp.small." in name), name
 
 
-def test_a_draft_follows_a_text_that_took_big(trainer):
-    _, drawn = trainer(DRAFT)[0].batch(2)
-    assert len({int(row.sum()) for row in drawn["drafted"]}) > 1
-    for routes, drafted in zip(drawn["routes"], drawn["drafted"], strict=True):
-        assert drafted[-1] and (np.diff(drafted.astype(int)) >= 0).all()
-        assert (routes[~drafted] == 2).all() and (routes[drafted] == PATTERN).all()
-    random = np.random.default_rng(0)
-    lengths = [int(DRAFT.draw(random, 6, 0)["drafted"].sum()) for _ in range(600)]
-    assert sorted(set(lengths)) == [1, 2, 3, 4, 5, 6]
-    assert min(lengths.count(each) for each in range(1, 7)) > 70
-
-
-def test_the_loss_is_the_divergence_from_all_big(trainer):
-    trained, _ = trainer(DRAFT)
+@pytest.mark.parametrize("passes", [Passes(), Passes(recompute=True)], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("config", [{}, {"skip_scope": "layer"}], ids=["ffn", "layer"])
+def test_the_loss_is_the_divergence_of_drafts_after_each_prefix(trainer, passes, config):
+    trained, _ = trainer(Draft(LAYERS, pattern=PATTERN, passes=passes), **config)
     windows, drawn = trained.batch(1)
-    big, draft = distributions(trained.model, windows, drawn)
-    each = (np.exp(big) * (big - draft)).sum(-1)
-    expected = [row[where].mean() for row, where in zip(each, drawn["drafted"], strict=True)]
-    assert np.array(DRAFT.loss(trained.model, mx.array(windows), drawn)) == pytest.approx(expected, abs=1e-5)
+    expected = divergences(*distributions(trained.model, windows)).mean(-1)
+    found = np.array(trained.stage.loss(trained.model, mx.array(windows), drawn))
+    assert found == pytest.approx(expected, abs=1e-5)
     assert min(expected) > 0.01
 
 
@@ -66,14 +66,12 @@ def test_gradients_are_of_the_draft_alone(trainer):
     """All big is what is learnt from: nothing flows through it; against differences."""
     trained, _ = trainer(DRAFT)
     windows, drawn = trained.batch(0)
-    big, _ = distributions(trained.model, windows, drawn)
+    big, _ = distributions(trained.model, windows)
     norm = trained.model.model.norm
 
     def divergence(weight):
         norm.weight = weight
-        _, draft = distributions(trained.model, windows, drawn)
-        each = (np.exp(big) * (big - draft)).sum(-1)
-        return np.mean([row[where].mean() for row, where in zip(each, drawn["drafted"], strict=True)])
+        return divergences(big, distributions(trained.model, windows)[1]).mean()
 
     def loss(weight):
         norm.weight = weight
@@ -86,36 +84,18 @@ def test_gradients_are_of_the_draft_alone(trainer):
 
 
 def test_validation_finds_divergence_and_acceptance(trainer):
+    """The probability of acceptance is the overlap of both distributions."""
     trained, state = trainer(DRAFT)
     found = trained.validate(state.moments.learned, trained.starts)
     assert list(found) == ["big", "random", "small", "skip", "kl", "accepted"] == list(DRAFT.columns)
     trained.validate(state.moments.learned, trained.starts[:1])
     windows = np.stack([trained.data.held_out[at : at + 13] for at in trained.starts])
-    kl, accepted = [], []
-    for number, window in enumerate(windows):
-        measured = DRAFT.measure(trained.model, mx.array(window[None]), number)
-        kl.append(float(measured["kl"][0]))
-        accepted.append(float(measured["accepted"][0]))
-    assert found["kl"] == pytest.approx(np.mean(kl), abs=1e-5)
-    assert found["accepted"] == pytest.approx(np.mean(accepted), abs=1e-5)
-    alone = Draft(LAYERS, pattern=(1,) * LAYERS).measure(trained.model, mx.array(windows[:1]), 4)
-    assert 0 < float(alone["accepted"][0]) < 1
+    big, draft = distributions(trained.model, windows)
+    assert found["kl"] == pytest.approx(divergences(big, draft).mean(), abs=1e-5)
+    assert found["accepted"] == pytest.approx(np.minimum(np.exp(big), np.exp(draft)).sum(-1).mean(), abs=1e-5)
     same = Draft(LAYERS, pattern=(2,) * LAYERS).measure(trained.model, mx.array(windows[:1]), 4)
     assert float(same["accepted"][0]) == pytest.approx(1, abs=1e-5)
     assert float(same["kl"][0]) == pytest.approx(0, abs=1e-5)
-
-
-def test_acceptance_is_the_overlap_of_both_distributions(trainer, monkeypatch):
-    trained, _ = trainer(DRAFT)
-    windows, drawn = trained.batch(3)
-    rows = iter([{name: each[row] for name, each in drawn.items()} for row in range(len(windows))])
-    monkeypatch.setattr(Draft, "draw", lambda *_: next(rows))
-    found = np.array(DRAFT.measure(trained.model, mx.array(windows), 0)["accepted"])
-    big, draft = distributions(trained.model, windows, drawn)
-    shared = np.minimum(np.exp(big), np.exp(draft)).sum(-1)
-    assert found == pytest.approx(
-        [row[where].mean() for row, where in zip(shared, drawn["drafted"], strict=True)], abs=1e-5
-    )
 
 
 def test_distilling_brings_the_draft_closer(trainer, settings):
