@@ -132,7 +132,7 @@ def blas() -> str:
     if sys.platform == "darwin":
         return "Accelerate"
     if loaded := _blas.preload():
-        return loaded
+        return str(loaded)
     if os.environ.get(_blas.OPT_OUT) == "0":
         return f"mlx's own, as {_blas.OPT_OUT}=0 asks for"
     return _blas.ADVICE.removeprefix("duo-mlx: ").strip()

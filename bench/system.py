@@ -167,7 +167,7 @@ def system_record(run: Run = run_command, root: Path = Path("/")) -> dict[str, A
         "platform": f"{platform.system()}-{_kernel()}-{platform.machine()}",
         "device": str(mx.device_info().get("device_name", mx.default_device())),
         "cpus": os.cpu_count(),
-        "blas": preload(),
+        "blas": str(loaded) if (loaded := preload()) else None,
         "environment": _environment(),
         **asdict(conditions(run, root)),
     }

@@ -14,6 +14,7 @@ import _ctypes
 import ctypes
 import os
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -32,9 +33,27 @@ ADVICE = (
 )
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """An OpenBLAS.
+
+    Args:
+        name: of the library.
+        kernels: the processor that they are for; None where it was built for one alone, and does not say.
+        threads: at most so many multiply two matrices; None where it does not say.
+    """
+
+    name: str
+    kernels: str | None = None
+    threads: int | None = None
+
+    def __str__(self) -> str:
+        return ", kernels for ".join(filter(None, (self.name, self.kernels)))
+
+
 @cache
-def preload() -> str | None:
-    """Load OpenBLAS where that can help, and say what was loaded, with the processor that its kernels are for.
+def preload() -> Loaded | None:
+    """Load OpenBLAS where that can help, and say what was loaded.
 
     Where it is not installed, one line on a terminal's stderr says how to get it. Nothing happens on macOS, where MLX
     uses Accelerate, after ``mlx.core`` has been imported, where ``DUO_MLX_OPENBLAS`` is 0, and when called again.
@@ -48,14 +67,13 @@ def preload() -> str | None:
             continue
         if _kernels(library) == FALLBACK and CORETYPE not in os.environ and (better := _best()):
             library = _again(library, name, better)
-        return ", kernels for ".join(filter(None, (name, _kernels(library))))
+        return Loaded(name, _kernels(library), _threads(library))
     if sys.stderr is not None and sys.stderr.isatty():
         sys.stderr.write(ADVICE)
     return None
 
 
 def _kernels(library: ctypes.CDLL) -> str | None:
-    """The processor that OpenBLAS takes this one for; None where it was built for one alone, and does not say."""
     try:
         name = library.openblas_get_corename
     except AttributeError:
@@ -63,6 +81,13 @@ def _kernels(library: ctypes.CDLL) -> str | None:
     name.restype = ctypes.c_char_p
     said: bytes = name()
     return said.decode()
+
+
+def _threads(library: ctypes.CDLL) -> int | None:
+    try:
+        return int(library.openblas_get_num_threads())
+    except AttributeError:
+        return None
 
 
 def _best() -> str | None:

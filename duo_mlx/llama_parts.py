@@ -15,7 +15,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from duo_mlx.arguments import ModelArgs
 from duo_mlx.auto import FEW
-from duo_mlx.products import few, join, on_cpu, onto
+from duo_mlx.products import few, join, on_cpu, onto, through
 
 
 def decodes(x: mx.array) -> bool:
@@ -59,7 +59,7 @@ class Attention(llama.Attention):
         """What attention gives ``x [batch, tokens, hidden]`` or ``[batch, hidden]``, added to a ``residual``."""
         if decodes(x) and self._qkv is not None:
             rotated = self.n_heads + self.n_kv_heads
-            together = self._heads(self._qkv(x))
+            together = self._heads(through(self._qkv, x))
             both = rotate(together[:, :rotated])
             queries, keys, values = both[:, : self.n_heads], both[:, self.n_heads :], together[:, rotated:]
             if cache is not None:
@@ -129,9 +129,9 @@ class MLP(llama.MLP):
             out: mx.array = super().__call__(x)
             return out if residual is None else residual + out
         if self._gate_up is None:
-            inner = swiglu(self.gate_proj(x), self.up_proj(x))
+            inner = swiglu(through(self.gate_proj, x), through(self.up_proj, x))
         else:
-            inner = swiglu(*mx.split(self._gate_up(x), 2, axis=-1))
+            inner = swiglu(*mx.split(through(self._gate_up, x), 2, axis=-1))
         return onto(residual, self.down_proj, inner)
 
     def fuse(self) -> None:

@@ -19,7 +19,7 @@ from duo_mlx.arguments import KnownPattern, ModelArgs
 from duo_mlx.errors import DuoError
 from duo_mlx.llama_parts import MLP, Attention, RMSNorm, Rotation
 from duo_mlx.lookahead import LookAhead
-from duo_mlx.products import few, on_cpu, tall
+from duo_mlx.products import few, on_cpu, times
 from duo_mlx.router import LinearRouter, Router
 from duo_mlx.routes import LETTERS, Route
 
@@ -206,8 +206,8 @@ class Model(nn.Module):
     def head(self, out: mx.array) -> mx.array:
         """Logits ``[..., vocab]`` of what the decoder gave, ``[..., hidden]``."""
         table = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
-        if out.size == out.shape[-1] and type(table) in (nn.Embedding, nn.Linear):
-            return tall(out.reshape(1, -1), table.weight).reshape(*out.shape[:-1], -1)
+        if few(out) and type(table) in (nn.Embedding, nn.Linear):
+            return times(out, table.weight)
         return table.as_linear(out) if self.args.tie_word_embeddings else table(out)
 
     def router(self, offsets: mx.array | None = None) -> LinearRouter | LookAhead:

@@ -1,21 +1,30 @@
 """Products with weights in fewer and faster operations: what is left to save where a small model decodes a token.
 
-`onto` adds a residual within the product. `tall` is a head's product in pieces that suit a CPU. `join` makes several
-linear maps of one input one product: the weights are put one after the other into one array, and those of the parts
-become views of it. Names, numbers and bytes stay, and who needs a single part (a prefill, a masked product, a kernel, a
-token that only writes keys and values) finds it.
+`join` makes several linear maps of one input one product: the weights are put one after the other into one array, and
+those of the parts become views of it. Names, numbers and bytes stay, and who needs a single part (a prefill, a masked
+product, a kernel, a token that only writes keys and values) finds it. `onto` adds a residual within the product.
+
+`through` and `times` cut the outputs of a product into pieces where these are faster. OpenBLAS copies weights before it
+multiplies with them, though a few tokens need them but once. Its kernels for AVX-512 leave that out of small products
+(`sgemm_small_kernel_permit_skylakex.c`), and a product in such pieces takes 0.4 to 0.7 of its time for a token (576 x
+3072, 576 x 49152), 0.4 to 0.6 for four. Other kernels always copy. Where more threads share a product than there are
+figures for, nothing is cut, since a piece has one thread.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from duo_mlx import _blas
 from duo_mlx.auto import FEW
 
 FORMAT = ("mode", "bits", "group_size")
-PIECES = 64  # of a tall product
-TALL = 256 * PIECES  # outputs
+UNCOPIED = {"SkylakeX", "Cooperlake", "SapphireRapids"}  # kernels that copy no weights for products
+OUTPUTS, MULTIPLICATIONS = 1200, 1_000_000  # of at most so many numbers, and so many multiplications
+LEAST = 32  # outputs of a piece: of smaller ones there are too many
+THREADS = 2  # at most
 
 
 def on_cpu() -> bool:
@@ -53,22 +62,48 @@ def join(parts: Sequence[nn.Module]) -> nn.Module | None:
     return whole
 
 
-def onto(residual: mx.array | None, linear: nn.Module, row: mx.array) -> mx.array:
-    """``residual + linear(row)`` for ``[..., width]``, in one operation where the map is of plain floats."""
+def onto(residual: mx.array | None, linear: nn.Module, x: mx.array) -> mx.array:
+    """``residual + linear(x)`` for few tokens ``[..., width]``, in one operation where it is one of plain floats."""
     if residual is None:
-        return linear(row)
-    if type(linear) is nn.Linear and "bias" not in linear:
-        return mx.addmm(residual, row, linear.weight.T)
-    return residual + linear(row)
+        return through(linear, x)
+    if type(linear) is nn.Linear and "bias" not in linear and pieces(linear.weight, x) == 1:
+        return mx.addmm(residual, x, linear.weight.T)
+    return residual + through(linear, x)
 
 
-def tall(row: mx.array, weight: mx.array) -> mx.array:
-    """``row @ weight.T`` for a single ``[1, width]`` and the table of a vocabulary, ``[outputs, width]``.
+def through(linear: nn.Module, x: mx.array) -> mx.array:
+    """``linear(x)`` for few tokens ``[..., width]``."""
+    if type(linear) is not nn.Linear or pieces(linear.weight, x) == 1:
+        out: mx.array = linear(x)
+        return out
+    product = times(x, linear.weight)
+    return product + linear.bias if "bias" in linear else product
 
-    On the CPU it is done in pieces, with which OpenBLAS reads the table about 10 % faster than at once, where the table
-    is tall enough and can be divided so.
-    """
+
+def times(x: mx.array, weight: mx.array) -> mx.array:
+    """``x @ weight.T`` for ``x [..., width]`` and ``weight [outputs, width]``."""
+    cut = pieces(weight, x)
+    if cut == 1:
+        return x @ weight.T
     outputs, width = weight.shape
-    if not on_cpu() or outputs < TALL or outputs % PIECES:
-        return row @ weight.T
-    return (row @ weight.reshape(PIECES, -1, width).swapaxes(1, 2)).reshape(1, outputs)
+    parts = x.reshape(-1, width) @ weight.reshape(cut, -1, width).swapaxes(1, 2)  # [pieces, tokens, their outputs]
+    return parts.swapaxes(0, 1).reshape(*x.shape[:-1], outputs)
+
+
+def pieces(weight: mx.array, x: mx.array) -> int:
+    """In how many equal pieces the product of ``x [..., width]`` with ``weight [outputs, width]`` is the fastest."""
+    if not on_cpu() or weight.dtype != mx.float32:
+        return 1
+    return _pieces(*weight.shape, x.size // x.shape[-1])
+
+
+@lru_cache(maxsize=1024)
+def _pieces(outputs: int, width: int, tokens: int) -> int:
+    blas = _blas.preload()
+    if blas is None or blas.kernels not in UNCOPIED or (blas.threads or THREADS) > THREADS:
+        return 1
+    most = min(OUTPUTS, MULTIPLICATIONS // width) // tokens  # outputs of a piece
+    if outputs <= most or most < LEAST:
+        return 1
+    cut = next(count for count in range(-(-outputs // most), outputs + 1) if outputs % count == 0)
+    return cut if outputs // cut >= LEAST else 1

@@ -55,7 +55,8 @@ def preload(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[str
         else:
             monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
         _blas.preload.cache_clear()
-        return _blas.preload(), asked, terminal.getvalue()
+        loaded = _blas.preload()
+        return loaded and str(loaded), asked, terminal.getvalue()
 
     yield run
     _blas.preload.cache_clear()
@@ -102,6 +103,7 @@ class Unknowing:
         self._handle = 42
         name = os.environ.get(_blas.CORETYPE, found)
         self.openblas_get_corename = lambda: name.encode()
+        self.openblas_get_num_threads = lambda: 3
 
 
 AVX2, AVX512 = "avx avx2 fma", "avx avx2 fma avx512f avx512cd avx512bw avx512dq avx512vl"
@@ -138,7 +140,8 @@ def test_an_unknown_processor_gets_the_kernels_that_it_can_run(
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     _blas.preload.cache_clear()
     try:
-        assert _blas.preload() == f"{_blas.LIBRARIES[0]}, kernels for {kernels}"
+        assert _blas.preload() == _blas.Loaded(_blas.LIBRARIES[0], kernels, threads=3)
+        assert str(_blas.preload()) == f"{_blas.LIBRARIES[0]}, kernels for {kernels}"
     finally:
         _blas.preload.cache_clear()
     assert loaded == [(_blas.LIBRARIES[0], ctypes.RTLD_GLOBAL)] * loads and closed == [42] * (loads - 1)

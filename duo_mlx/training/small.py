@@ -1,10 +1,10 @@
 """The small FFNs of a grafted model learn beside the rest, which stays as it is.
 
 Two objectives. ``lm``: the loss on the text under random routing, as in stage 1. ``draft``: what speculative decoding
-wants of a draft, the next-token distribution that all big has. A draft reads keys and values that all big wrote when it
-verified the text so far: each token of a text is a first draft after those before it (`duo_mlx.beside`). The loss is the
-mean Kullback-Leibler divergence from all big's distribution to the draft's. Texts are given, not generated ("teacher
-forced"). What is left aside: a round's later drafts also read keys and values of drafts.
+wants of a draft, the next-token distribution that all big has. A draft reads keys and values that all big wrote when
+it verified the text so far: each token of a text is a first draft after those before it (`duo_mlx.beside`). The loss is
+the mean Kullback-Leibler divergence from all big's distribution to the draft's. Texts are given, not generated
+("teacher forced"). What is left aside: a round's later drafts also read keys and values of drafts.
 """
 
 from dataclasses import dataclass

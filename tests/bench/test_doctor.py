@@ -371,7 +371,7 @@ def test_timed_chains_read_more_than_a_cache_holds(monkeypatch):
 
 def test_blas(monkeypatch):
     monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setattr(_blas, "preload", lambda: "libopenblas.so.0")
+    monkeypatch.setattr(_blas, "preload", lambda: _blas.Loaded("libopenblas.so.0"))
     assert doctor.blas() == "libopenblas.so.0"
     monkeypatch.setattr(_blas, "preload", lambda: None)
     monkeypatch.delenv(_blas.OPT_OUT, raising=False)
