@@ -30,7 +30,7 @@ class Acceptance:
     """
 
     def __init__(self, model: Model, verify: Routes, tokens: NDArray[np.integer], samplings: tuple[Sampling, ...]):
-        self._model, self._samplings = model, samplings
+        self._model, self._samplings, self._draft_head = model, samplings, model.draft_head()
         self._rows = [mx.array(row[None]) for row in tokens]
         self._verified = []  # by window: what the last norm gave, and the caches
         for row in self._rows:
@@ -42,7 +42,7 @@ class Acceptance:
         found = []
         for row, (verified, caches) in zip(self._rows, self._verified, strict=True):
             drafted = self._pass(row, pattern, beside.drafting(caches))
-            p, q = (self._model.head(each)[0] for each in (verified, drafted))
+            p, q = self._model.head(verified)[0], self._draft_head(drafted)[0]
             accepted = mx.stack([sampling.acceptance(q, p) for sampling in self._samplings])
             found.append(np.array(accepted.astype(mx.float32)))
         return np.stack(found, axis=1)

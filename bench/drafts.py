@@ -74,17 +74,19 @@ class Costs:
 
     Args:
         table: weight bytes.
+        drafting: those of a draft step.
         verify: the verifying routes ``[layers]``.
         growth: what a verifying pass over 1 to at least `LONGEST` + 1 tokens costs over one token's.
     """
 
     table: cost.RouteTable
+    drafting: cost.RouteTable
     verify: Routes
     growth: Mapping[int, float]
 
     def share(self, pattern: Routes) -> float:
         """Weight bytes of a draft step over those of the verifying routes."""
-        return float(self.table.of(pattern) / self.table.of(self.verify))
+        return float(self.drafting.of(pattern) / self.table.of(self.verify))
 
     def rounds(self, pattern: Routes) -> Floats:
         """Of rounds with 0 to `LONGEST` drafted tokens, ``[LONGEST + 1]``."""
@@ -200,7 +202,7 @@ def study(
     growth: Mapping[int, float] = AS_BYTES
     if settings.costs == "measured":
         growth = draft_timing.growth(model, verify, prompts[0], lambda *done: progress("timing passes", *done))
-    costs = Costs(cost.weight_bytes(model), verify, growth)
+    costs = Costs(cost.weight_bytes(model), cost.draft_bytes(model), verify, growth)
     acceptance = Acceptance(model, verify, tokens, (Sampling(), Sampling(settings.temp or 1.0)))
 
     def judge(pattern: Routes) -> Candidate:
@@ -237,6 +239,7 @@ def study(
     best = max(measured, key=lambda pattern: measured[pattern]["speed_up"]["median"])
     return {
         "verify": format_pattern(verify),
+        "draft_vocabulary": model.args.draft_vocabulary,
         "settings": asdict(settings),
         "verifying_passes": {str(count): each for count, each in growth.items()},
         "candidates": [asdict(each) for each in found],

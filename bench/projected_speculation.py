@@ -91,7 +91,7 @@ def round_seconds(
         found = Work(read + int(cache.of(pattern)), int(kernels.of(pattern)) + more_kernels, waits)
         return seconds(found, constants)
 
-    step = seconds_of(draft, int(weights.of(draft)))
+    step = seconds_of(draft, int(cost.draft_bytes(model).of(draft)))
     return [
         drafts * step
         + seconds_of(verify, of_shared + rows[drafts] * of_rest, kernels_of_judgement(drafts), waits=min(drafts, 1))
@@ -121,7 +121,7 @@ def project(
     for name, model in models.items():
         big = np.full(model.args.num_hidden_layers, 2, np.uint8)
         draft = model.args.realised(stretched(pattern, len(big)))
-        table = cost.weight_bytes(model) + cost.cache_bytes(model, context)
+        table, cache = cost.weight_bytes(model), cost.cache_bytes(model, context)
         on: dict[str, Any] = {}
         for machine in machines:
             for growth, by_rows in GROWTHS.items():
@@ -132,7 +132,7 @@ def project(
                 found = [expected(acceptance, times) for times in rounds]
                 low, *_, high = sorted(each.speed_up for each in found)
                 on.setdefault(machine.name, {})[growth] = found[0]._asdict() | {"speed_up_range": [low, high]}
-        share = float(table.of(draft) / table.of(big))
+        share = float((cost.draft_bytes(model) + cache).of(draft) / (table + cache).of(big))
         rows.append({"name": name, "parameters": parameters(model.args), "draft_bytes_share": share, "on": on})
     return rows
 

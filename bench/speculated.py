@@ -9,7 +9,8 @@ tokens of plain decoding. That is checked: where a text differs, the two tokens'
 verifying pass rounds otherwise than single steps. Prompts are read before the clock starts.
 
 In rounds of their own, verifying passes over 1, 2, 4 and 8 tokens are timed, and a step of each draft. With the
-acceptance these say what speculation should come to. mlx-lm has no ``auto``, which is held against its fastest number.
+acceptance these say what speculation should come to. mlx-lm has no ``auto``, which is held against its fastest number,
+and always drafts from the whole vocabulary.
 """
 
 import os
@@ -25,7 +26,7 @@ import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes
 import mlx.core as mx
 import numpy as np
 
-from duo_mlx import speculation
+from duo_mlx import conditional, speculation
 from duo_mlx.bench import options, reading
 from duo_mlx.bench.continuations import Continuation, DraftModel, Ids, Plain, Speculated
 from duo_mlx.bench.interleave import interleave
@@ -97,21 +98,22 @@ def differences(
 
 def passes(model: Model, verify: Routes, drafts: Mapping[str, Routes], context: int) -> dict[str, Callable[[], None]]:
     """Runs of `REPEATS` passes after ``context`` positions: ``pass over N`` verifying, ``step of DRAFT``."""
-    cache = filled_cache(model, context, seed=0)
+    cache, draft_head = filled_cache(model, context, seed=0), model.draft_head()
 
-    def passing(pattern: Routes, tokens: int) -> Callable[[], None]:
-        inputs = mx.zeros((1, tokens), mx.uint32)
+    def passing(pattern: Routes, tokens: int, head: Callable[[mx.array], mx.array]) -> Callable[[], None]:
+        inputs, plan = mx.zeros((1, tokens), mx.uint32), conditional.plan(pattern, 1, tokens, len(cache), "auto")
 
         def call() -> None:
             for _ in range(REPEATS):
-                mx.eval(mx.argmax(model(inputs, cache, routes=pattern), axis=-1))
+                out = model.model(model.model.embed_tokens(inputs), cache, plan, "auto")
+                mx.eval(mx.argmax(head(out), axis=-1))
                 for layer in cache:
                     layer.trim(tokens)
 
         return call
 
-    calls = {f"pass over {tokens}": passing(verify, tokens) for tokens in PASSES}
-    return calls | {f"step of {spec}": passing(draft, 1) for spec, draft in drafts.items()}
+    calls = {f"pass over {tokens}": passing(verify, tokens, model.head) for tokens in PASSES}
+    return calls | {f"step of {spec}": passing(draft, 1, draft_head) for spec, draft in drafts.items()}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -121,6 +123,9 @@ def passes(model: Model, verify: Routes, drafts: Mapping[str, Routes], context: 
 @click.option("--draft", "drafts", multiple=True, default=["small"], metavar="SPEC", help="May be repeated.")
 @click.option(
     "--draft-tokens", "numbers", multiple=True, default=["auto", "2", "4"], metavar="K|auto", help="May be repeated."
+)
+@click.option(
+    "--draft-vocabulary", "vocabulary", type=click.IntRange(1), metavar="N", help="Draft the first N tokens alone."
 )
 @click.option("--prompts", "file", type=click.Path(path_type=Path), help="Paragraphs, in place of the bundled ones.")
 @click.option("--count", type=click.IntRange(1), default=4, help="Prompts that are continued in a run.")
@@ -138,6 +143,7 @@ def command(
     route: str,
     drafts: tuple[str, ...],
     numbers: tuple[str, ...],
+    vocabulary: int | None,
     file: Path | None,
     count: int,
     prompt_tokens: int,
@@ -155,6 +161,8 @@ def command(
     text = reading.read(file, "prompts")
     subject = Subject(path, None)
     model = subject.model(f"{bits}-bit" if bits else subject.stored)
+    if vocabulary:
+        model.draft_from(vocabulary)
     verify = pattern_of(model, "--route", route)
     patterns = {spec: pattern_of(model, "--draft", spec) for spec in drafts}
     for spec, draft in patterns.items():
@@ -185,6 +193,7 @@ def command(
     if out:
         asked = "".join([f" --draft {spec}" for spec in drafts] + [f" --draft-tokens {number}" for number in numbers])
         of = (f" --model {Path(path).name}" if path else "") + (f" --bits {bits}" if bits else "")
+        of += f" --draft-vocabulary {vocabulary}" if vocabulary else ""
         of += f" --prompts {file.name}" if file else ""
         rest = f"--count {count} --prompt-tokens {prompt_tokens} --tokens {tokens} --rounds {rounds} --temp {temp:g}"
         rest += f" --clock {clock}" + ("" if against else " --no-against-mlx-lm")

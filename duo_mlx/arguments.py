@@ -10,6 +10,8 @@ import numpy as np
 from duo_mlx.errors import DuoError
 from duo_mlx.routes import LETTERS, Route, Routes, parse_pattern
 
+ROUTING = ("small_", "skip_", "default_rout", "default_dra", "draft_", "rout")  # how the names of a Duo's keys begin
+
 
 class KnownPattern(TypedDict):
     """A fixed pattern and its mean loss in nats a token on the text that it was measured on."""
@@ -50,6 +52,7 @@ class ModelArgs:
     router_offsets: tuple[tuple[float, float], ...] = ()  # see `duo_mlx.threshold`; what a measurement found
     default_route: str = "big"  # the pattern of a pass for which nobody gives routes
     default_draft: str = ""  # the pattern by which ``speculate="default"`` drafts; empty: none is known
+    draft_vocabulary: int = 0  # how many first tokens of the vocabulary drafts choose from; 0: all of them
     best_patterns: tuple[KnownPattern, ...] = ()  # see `duo_mlx.budget`; what a measurement found
 
     def __post_init__(self) -> None:
@@ -97,6 +100,11 @@ class ModelArgs:
         _check_pattern("default_route", self.default_route, self.num_hidden_layers)
         if self.default_draft != "":
             _check_pattern("default_draft", self.default_draft, self.num_hidden_layers)
+        if type(self.draft_vocabulary) is not int or not 0 <= self.draft_vocabulary <= self.vocab_size:
+            raise DuoError(
+                f"config.json: draft_vocabulary is {self.draft_vocabulary!r}; it must be a whole number up to "
+                f"vocab_size {self.vocab_size}"
+            )
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
@@ -110,7 +118,7 @@ class ModelArgs:
         required = {field.name for field in fields(cls) if field.default is MISSING}
         if missing := sorted(required - given.keys()):
             raise DuoError(f"config.json lacks {', '.join(missing)}")
-        routing = {key for key in config if key.startswith(("small_", "skip_", "default_rout", "default_dra", "rout"))}
+        routing = {key for key in config if key.startswith(ROUTING)}
         if unknown := sorted(routing - known):
             raise DuoError(f"config.json has routing keys that are not known: {', '.join(unknown)}")
         sizes = [field.name for field in fields(cls) if field.name in required - {"rms_norm_eps"}]

@@ -38,7 +38,8 @@ from duo_mlx.model import Model, ModelArgs
 __all__ = ["Model", "ModelArgs"]
 '''
 
-CHOOSING = ("default_route", "default_draft", "best_patterns")  # keys of config.json, beside those of routers
+# keys of config.json, beside those of routers
+CHOOSING = ("default_route", "default_draft", "draft_vocabulary", "best_patterns")
 
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja", "*.txt"]
 
@@ -232,9 +233,13 @@ def save_config(directory: Path, config: dict[str, Any]) -> None:
     write_text(directory / MODEL_FILE, MODEL_FILE_TEXT)
 
 
-def save_default_draft(directory: Path, pattern: str) -> None:
-    """Make ``pattern`` the ``default_draft`` of the model in a directory, whose config.json keeps all else."""
+def save_default_draft(directory: Path, pattern: str, vocabulary: int | None = None) -> None:
+    """Make ``pattern`` the ``default_draft`` of the model in a directory, whose config.json keeps all else.
+
+    ``vocabulary``: its ``draft_vocabulary``; None: as it is.
+    """
     config = read_config(directory) | {"default_draft": pattern}
+    config |= {"draft_vocabulary": vocabulary} if vocabulary else {}
     with output_file(directory / "config.json", force=True) as file:
         write_text(file, json.dumps(config, indent=4) + "\n")
 

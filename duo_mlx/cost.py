@@ -61,7 +61,6 @@ def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
 
     ``by_router``: the model's own router decides, so its weights are read, too.
     """
-    head = model.model.embed_tokens if model.args.tie_word_embeddings else model.lm_head
     row = nbytes(model.model.embed_tokens) // model.args.vocab_size
     by_route = np.zeros((model.args.num_hidden_layers, len(Route)), np.int64)
     for costs, layer in zip(by_route, model.layers, strict=True):
@@ -74,7 +73,14 @@ def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
             costs[Route.SKIP] = before + nbytes(layer.self_attn.k_proj) + nbytes(layer.self_attn.v_proj)
         if by_router:
             costs += nbytes(layer.mlp.router)
-    return RouteTable(nbytes(head) + row + nbytes(model.model.norm), by_route)
+    return RouteTable(nbytes(model.table) + row + nbytes(model.model.norm), by_route)
+
+
+def draft_bytes(model: Model) -> RouteTable:
+    """As `weight_bytes`, of a step that drafts: of the head it reads the part of ``draft_vocabulary`` alone."""
+    table, tokens = weight_bytes(model), model.args.vocab_size
+    unread = tokens - (model.args.draft_vocabulary or tokens)
+    return RouteTable(table.fixed - nbytes(model.table) // tokens * unread, table.by_route)
 
 
 def pass_bytes(model: Model) -> Callable[[Routes], int]:

@@ -4,7 +4,9 @@ Attention, RoPE variants, sliding windows, masks and caches are mlx-lm's own; wh
 the routes, which are an argument of the pass. The method is Duo-LLM's (arXiv 2410.10846, section "Model").
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +21,7 @@ from duo_mlx.arguments import KnownPattern, ModelArgs
 from duo_mlx.errors import DuoError
 from duo_mlx.llama_parts import MLP, Attention, RMSNorm, Rotation
 from duo_mlx.lookahead import LookAhead
-from duo_mlx.products import few, on_cpu, times
+from duo_mlx.products import few, first, on_cpu, through, times
 from duo_mlx.router import LinearRouter, Router
 from duo_mlx.routes import LETTERS, Route
 
@@ -205,10 +207,34 @@ class Model(nn.Module):
 
     def head(self, out: mx.array) -> mx.array:
         """Logits ``[..., vocab]`` of what the decoder gave, ``[..., hidden]``."""
-        table = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
+        table = self.table
         if few(out) and type(table) in (nn.Embedding, nn.Linear):
             return times(out, table.weight)
         return table.as_linear(out) if self.args.tie_word_embeddings else table(out)
+
+    def draft_head(self) -> Callable[[mx.array], mx.array]:
+        """`head` for drafts of few tokens, with logits ``[..., draft_vocabulary]``; the weights must not be changed.
+
+        A draft need not know rare tokens (FR-Spec, arXiv 2502.14856), and byte-pair vocabularies begin with the
+        frequent ones.
+        """
+        return partial(through, first(self.table, self.args.draft_vocabulary or self.args.vocab_size))
+
+    def draft_from(self, tokens: int) -> None:
+        """Let drafts choose from the first ``tokens`` of the vocabulary alone.
+
+        Raises:
+            DuoError: it has fewer.
+        """
+        if not 1 <= tokens <= self.args.vocab_size:
+            raise DuoError(f"--draft-vocabulary {tokens}: the model's vocabulary has {self.args.vocab_size} tokens")
+        self.args = replace(self.args, draft_vocabulary=tokens)
+
+    @property
+    def table(self) -> nn.Module:
+        """The vocabulary's, which the head multiplies with: an embedding, or a linear map."""
+        table: nn.Module = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
+        return table
 
     def router(self, offsets: mx.array | None = None) -> LinearRouter | LookAhead:
         """The model's own router; ``offsets [choices]`` are added to its logits.

@@ -48,11 +48,7 @@ def join(parts: Sequence[nn.Module]) -> nn.Module | None:
     formats = {(type(part), *(getattr(part, name, None) for name in FORMAT), *sorted(part)) for part in parts}
     if len(formats) != 1 or type(parts[0]) not in (nn.Linear, nn.QuantizedLinear):
         return None
-    whole = nn.Linear(1, 1) if type(parts[0]) is nn.Linear else nn.QuantizedLinear(128, 1)
-    whole.clear()
-    for name in FORMAT:
-        if hasattr(parts[0], name):
-            setattr(whole, name, getattr(parts[0], name))
+    whole = _empty(type(parts[0]), parts[0])
     for name in sorted(parts[0]):
         together = whole[name] = mx.concatenate([part[name] for part in parts])
         start = 0
@@ -60,6 +56,25 @@ def join(parts: Sequence[nn.Module]) -> nn.Module | None:
             stop = start + part[name].shape[0]
             part[name], start = together[start:stop], stop
     return whole
+
+
+def _empty(kind: type[nn.Module], like: nn.Module) -> nn.Module:
+    """A linear map without weights, whose weights will be stored as those of ``like`` are."""
+    found: nn.Module = nn.Linear(1, 1) if kind is nn.Linear else nn.QuantizedLinear(128, 1)
+    found.clear()
+    for name in FORMAT:
+        if hasattr(like, name):
+            setattr(found, name, getattr(like, name))
+    return found
+
+
+def first(table: nn.Module, outputs: int) -> nn.Module:
+    """The linear map to the first ``outputs`` of a head or of an embedding, without a copy of weights."""
+    quantised = isinstance(table, nn.QuantizedLinear | nn.QuantizedEmbedding)
+    part = _empty(nn.QuantizedLinear if quantised else nn.Linear, table)
+    for name in table:
+        part[name] = table[name][:outputs]
+    return part
 
 
 def onto(residual: mx.array | None, linear: nn.Module, x: mx.array) -> mx.array:

@@ -14,7 +14,7 @@ from duo_mlx.lookahead import LookAhead
 from duo_mlx.model import Model
 from duo_mlx.policies import Policy
 from duo_mlx.routes import Routes
-from duo_mlx.sampling import Sampling
+from duo_mlx.sampling import Sampling, widened
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # of tokens [length] and logits [1, vocab], as mlx-lm's
 
@@ -92,6 +92,7 @@ class Rounds:
         self._model, self._verify, self._draft, self._strategy = model, verify, draft, strategy
         self._cache, self._sampling, self._processors = cache, sampling, processors
         self._weight_bytes, self._cache_bytes = cost.pass_bytes(model), cost.pass_cache_bytes(model)
+        self._draft_bytes, self._draft_head = cost.draft_bytes(model), model.draft_head()
 
         @lru_cache(maxsize=1024)
         def plans(routes: bytes, tokens: int, layers: int) -> list[Any]:
@@ -185,7 +186,7 @@ class Rounds:
 
         Returns:
             The last token and the drafted ones, ``[1, 1]`` each; what the shared layers made of all but the last,
-            ``[1, 1, hidden]``; log-probabilities of the drafted ones, ``[1, vocab]``.
+            ``[1, 1, hidden]``; log-probabilities of the drafted ones, ``[1, draft_vocabulary]``.
         """
         decoder = self._model.model
         inputs, hidden, logprobs = [last], [], []
@@ -194,7 +195,7 @@ class Rounds:
             h = decoder(decoder.embed_tokens(inputs[-1]), self._cache, routes, self._strategy, 0, shared)
             out = decoder(h, self._cache, routes, self._strategy, shared)
             hidden.append(h)
-            logprobs.append(self._logprobs(self._model.head(out), before, inputs))
+            logprobs.append(self._logprobs(self._draft_head(out), before, inputs))
             inputs.append(self._sampling(logprobs[-1]).astype(mx.uint32)[None])
             mx.async_eval(inputs[-1])  # the device works while the host builds the next step
         return inputs, hidden, logprobs
@@ -216,10 +217,11 @@ class Rounds:
     def _logprobs(self, logits: mx.array, before: mx.array, inputs: Sequence[mx.array]) -> mx.array:
         """Log-probabilities ``[tokens, vocab]`` of ``logits [1, tokens, vocab]`` at the last of the inputs ``[1, 1]``.
 
-        Processors see what was ``before`` and the inputs up to each place.
+        Processors see what was ``before`` and the inputs up to each place, and all of the vocabulary.
         """
         rows = logits.squeeze(0)
         if self._processors:
+            rows = widened(rows, self._model.args.vocab_size, -mx.inf)
             seen = mx.concatenate([before, *(each[0] for each in inputs)])
             first = len(seen) - len(rows) + 1
             rows = mx.concatenate(
@@ -244,7 +246,8 @@ class Rounds:
             rest = verifying.copy()
             rest[:, :shared] = verifying[-1, :shared]  # the verifying pass has but its last token there
         passes, context = [*drafting[:, None], rest], start + 1 + len(drafting) // 2  # in the middle of the round
-        return sum(map(self._weight_bytes, passes)), sum(self._cache_bytes(routes, context) for routes in passes)
+        weights = self._weight_bytes(rest) + (int(self._draft_bytes.of(drafting).sum()) if len(drafting) else 0)
+        return weights, sum(self._cache_bytes(routes, context) for routes in passes)
 
 
 def patterns(model: Model, policy: Policy, start: int, stop: int) -> Routes:

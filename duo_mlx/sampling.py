@@ -55,12 +55,14 @@ class Sampling:
 
         Args:
             drafted: log-probabilities ``[..., vocab]`` by which it is drafted (q); logits do where nothing is filtered.
+                Tokens at the end of the vocabulary that are never drafted may be missing.
             verified: those at the same places by which it is verified (p).
         """
         if not self.temp:
             agreed: mx.array = mx.argmax(drafted, axis=-1) == mx.argmax(verified, axis=-1)
             return agreed.astype(mx.float32)
-        return mx.minimum(self.probabilities(verified), self.probabilities(drafted)).sum(axis=-1)
+        p, q = self.probabilities(verified), self.probabilities(drafted)
+        return mx.minimum(p[..., : q.shape[-1]], q).sum(axis=-1)
 
     def judge(self, drafted: mx.array, tokens: mx.array, verified: mx.array) -> tuple[mx.array, mx.array]:
         """Which drafted tokens stand, and what comes instead of each: speculative sampling (arXiv 2211.17192).
@@ -70,7 +72,8 @@ class Sampling:
         distributed as if each had been drawn from p. Without a temperature: the likeliest token stands.
 
         Args:
-            drafted: log-probabilities ``[drafts, vocab]`` by which the tokens were drafted (q), at least one.
+            drafted: log-probabilities ``[drafts, vocab]`` by which the tokens were drafted (q), at least one. Tokens at
+                the end of the vocabulary that are never drafted may be missing.
             tokens: the drafted tokens ``[drafts]``.
             verified: log-probabilities ``[drafts + 1, vocab]`` at the same places and the next one (p).
 
@@ -82,7 +85,7 @@ class Sampling:
             likeliest = mx.argmax(verified, axis=-1)
             return tokens == likeliest[:-1], likeliest
         p = self.probabilities(verified)
-        q = self.probabilities(drafted)
+        q = widened(self.probabilities(drafted), p.shape[-1], 0.0)
         chosen = tokens[:, None]
         p_chosen, q_chosen = (mx.take_along_axis(each, chosen, axis=-1)[:, 0] for each in (p[:-1], q))
         stands = mx.random.uniform(shape=tokens.shape) * q_chosen < p_chosen
@@ -101,6 +104,12 @@ class Sampling:
         if 0 < self.top_k < logprobs.shape[-1]:
             logprobs = apply_top_k(logprobs, self.top_k)
         return logprobs * (1 / self.temp)
+
+
+def widened(values: mx.array, width: int, value: float) -> mx.array:
+    """``values [rows, ...]`` as ``[rows, width]``, with ``value`` for what they lack at the end."""
+    missing = width - values.shape[-1]
+    return mx.pad(values, [(0, 0), (0, missing)], constant_values=value) if missing else values
 
 
 def known(sampler: object) -> Sampling:

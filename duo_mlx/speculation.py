@@ -224,8 +224,8 @@ def _known(model: Model, verify: Source, draft: Source) -> tuple[Policy, Policy 
         )
     if isinstance(draft, LookAhead):
         return verify, draft
-    table = cost.weight_bytes(model)
-    drafted, verified = (_mean_bytes(model, policy, table) for policy in (draft, verify))
+    drafted = _mean_bytes(model, draft, cost.draft_bytes(model))
+    verified = _mean_bytes(model, verify, cost.weight_bytes(model))
     if drafted > verified:
         raise DuoError(
             f"the draft's routes read {drafted:,.0f} bytes of weights a token and the verifying ones {verified:,.0f}; "

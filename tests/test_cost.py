@@ -1,5 +1,7 @@
 """The cost of a pattern, against the paper's figures and against the arrays that a model holds."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -53,6 +55,25 @@ def test_weight_bytes_are_those_of_the_arrays(tiny_model, tied):
     np.testing.assert_array_equal(table.of(routes), [read - small, read - big, read - big - small - norms])
     per_layer = [table.of(np.array([2] * layer + [0] + [2] * (3 - layer), np.uint8)) for layer in range(4)]
     assert per_layer == [read - small - (big + norms) // 4] * 4
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_draft_reads_no_more_of_the_head_than_it_multiplies_with(tiny_config, tied, bits):
+    config = tiny_config(hidden_size=64, intermediate_size=128, tie_word_embeddings=tied, draft_vocabulary=24)
+    model = Model(ModelArgs.from_dict(config | {"small_intermediate_size": 64}))
+    if bits:
+        model, _ = quantize_model(model, config, group_size=64, bits=bits)
+    table = model.model.embed_tokens if tied else model.lm_head
+    unread = sum(value[24:].nbytes for value in table.parameters().values())
+    whole, draft = cost.weight_bytes(model), cost.draft_bytes(model)
+    assert whole.fixed - draft.fixed == unread > 0 and (whole.by_route == draft.by_route).all()
+    out = mx.random.normal((1, 2, 64), key=mx.random.key(1))
+    found, expected = model.draft_head()(out), model.head(out)
+    assert found.shape == (1, 2, 24) and mx.allclose(found, expected[..., :24], atol=1e-5)
+    model.args = replace(model.args, draft_vocabulary=0)
+    assert cost.draft_bytes(model).fixed == whole.fixed
+    assert mx.allclose(model.draft_head()(out), expected, atol=1e-5)
 
 
 def test_a_skipped_layer_still_reads_what_writes_keys_and_values(tiny_model):

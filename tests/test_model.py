@@ -81,7 +81,7 @@ def test_all_missing_keys_are_named(tiny_config):
 
 
 @pytest.mark.parametrize(
-    "key", ["small_size", "skip_scopes", "default_routes", "default_drafts", "routing", "router_budget"]
+    "key", ["small_size", "skip_scopes", "default_routes", "default_drafts", "draft_tokens", "routing", "router_budget"]
 )
 def test_an_unknown_routing_key_is_an_error(tiny_config, key):
     with pytest.raises(DuoError, match=f"routing keys that are not known: {key}$"):
@@ -111,6 +111,9 @@ def test_sizes_are_positive_integers(tiny_config, key, value):
         ({"default_draft": "router"}, "default_draft: .* each of the 4 layers"),
         ({"default_draft": ["BBss"]}, "default_draft is .*; it must be a pattern as text"),
         ({"default_draft": 0}, "default_draft is 0; it must be a pattern as text"),
+        ({"draft_vocabulary": 33}, "draft_vocabulary is 33; it must be a whole number up to vocab_size 32"),
+        ({"draft_vocabulary": -1}, "draft_vocabulary is -1; it must be a whole number"),
+        ({"draft_vocabulary": True}, "draft_vocabulary is True; it must be a whole number"),
     ],
 )
 def test_what_does_not_fit_together(tiny_config, changes, message):

@@ -55,7 +55,8 @@ def by_definition(model, verify, draft, count, length):
         drafted = []
         for number in range(min(length, left - 1) if rounds else 0):
             routes = np.concatenate([patterns(verify, 0, known), patterns(draft, known, known + number + 1)], axis=1)
-            drafted.append(int(logits(model, history + drafted, routes)[-1].argmax()))
+            known_to_drafts = logits(model, history + drafted, routes)[-1][: model.args.draft_vocabulary or None]
+            drafted.append(int(known_to_drafts.argmax()))
         whole = history + drafted
         likeliest = logits(model, whole, patterns(verify, 0, len(whole)))[known:].argmax(axis=1).tolist()
         accepted = next((place for place, token in enumerate(drafted) if token != likeliest[place]), len(drafted))
@@ -65,13 +66,13 @@ def by_definition(model, verify, draft, count, length):
 
 
 @pytest.mark.parametrize("length", [1, 5])
-@pytest.mark.parametrize("skip_scope", ["ffn", "layer"])
+@pytest.mark.parametrize("changes", [{}, {"skip_scope": "layer"}, {"draft_vocabulary": 20}], ids=str)
 @pytest.mark.parametrize(
     ("verify", "draft"),
     [("big", "small"), ("big", "BBs-"), ("big", "BBBB"), ("BsBB", "Bs-s"), ("random:.8,.1,.1", "random:.3,.4,.3")],
 )
-def test_rounds_are_those_of_the_definition(tiny_model, verify, draft, skip_scope, length):
-    model = tiny_model(skip_scope=skip_scope)
+def test_rounds_are_those_of_the_definition(tiny_model, verify, draft, changes, length):
+    model = tiny_model(**changes)
     verify, draft = route(verify), route(draft, seed=1)
     tokens, rounds = by_definition(model, verify, draft, 11, length)
     found = speculated(model, verify, draft, 11, draft_tokens=length)
@@ -87,9 +88,9 @@ def test_rounds_are_those_of_the_definition(tiny_model, verify, draft, skip_scop
     assert counts.accepted == tuple(sum(accepted > place for _, accepted in rounds) for place in range(longest))
     assert counts.acceptance == [a / d for a, d in zip(counts.accepted, counts.drafted, strict=True)]
     if isinstance(draft, FixedPolicy) and isinstance(verify, FixedPolicy):
-        of = cost.weight_bytes(model).of
+        step, verified = cost.draft_bytes(model).of(draft.pattern), cost.weight_bytes(model).of(verify.pattern)
         drafts = sum(drafted for drafted, _ in rounds)
-        assert counts.weight_bytes == drafts * of(draft.pattern) + len(rounds) * of(verify.pattern)
+        assert counts.weight_bytes == drafts * step + len(rounds) * verified
 
 
 def test_the_counts_at_a_token_are_those_up_to_its_round(tiny_model):

@@ -1,6 +1,7 @@
 """Sampling: mlx-lm's sampler with its distribution known, and speculative sampling that leaves it as it is."""
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -253,11 +254,20 @@ def chain():
 
 
 @pytest.mark.parametrize(
-    ("sampling", "draft", "draft_tokens", "biased"),
-    [(SAMPLERS[0], "ss", 3, False), (SAMPLERS[1], "Bs", 2, False), (SAMPLERS[3], "--", 1, True)],
+    ("sampling", "draft", "draft_tokens", "biased", "vocabulary"),
+    [
+        (SAMPLERS[0], "ss", 3, False, 0),
+        (SAMPLERS[1], "Bs", 2, False, 0),
+        (SAMPLERS[3], "--", 1, True, 0),
+        (SAMPLERS[0], "ss", 3, False, 5),
+        (SAMPLERS[3], "ss", 2, True, 5),
+    ],
 )
-def test_tokens_follow_the_verifying_routes_distribution(chain, sampling, draft, draft_tokens, biased):
+def test_tokens_follow_the_verifying_routes_distribution(
+    chain, monkeypatch, sampling, draft, draft_tokens, biased, vocabulary
+):
     """Each of a long text's tokens follows the one before as a pass of that one alone says."""
+    monkeypatch.setattr(chain, "args", replace(chain.args, draft_vocabulary=vocabulary))
     mx.random.seed(3)
     verify, draft = (parse_route(spec, 2) for spec in ("BB", draft))
     processors = make_logits_processors(logit_bias={1: 1.0, 4: -1.0}) if biased else []

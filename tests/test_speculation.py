@@ -73,6 +73,7 @@ MODELS = [
     {"small_layers": [1, 2]},
     {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16},
+    {"draft_vocabulary": 16},
 ]
 SPECS = st.one_of(
     st.text("Bs-", min_size=LAYERS, max_size=LAYERS),
@@ -152,8 +153,9 @@ def test_the_embedded_model_says_the_same(draft):
     assert found[-1].speculation.tokens / found[-1].speculation.verifications > 1.3
 
 
-def test_processors_see_what_was_drafted(loaded):
-    model, tokenizer = loaded()
+@pytest.mark.parametrize("vocabulary", [0, 5])
+def test_processors_see_what_was_drafted(loaded, vocabulary):
+    model, tokenizer = loaded(draft_vocabulary=vocabulary)
 
     def texts(**options):
         processors = make_logits_processors(logit_bias={3: -1000.0, 7: 2.0}, repetition_penalty=1.7)

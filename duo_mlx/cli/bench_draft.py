@@ -24,6 +24,8 @@ SHOWN = 5  # patterns in the table, where fewer were measured
 @click.option("--verify", default="big", show_default=True, metavar="SPEC", help="The fixed pattern that verifies.")
 @click.option("--choices", type=click.Choice(["sB", "-sB"]), default="-sB", show_default=True,
               help="Routes that a draft may have: small and big, or skip, too.")  # fmt: skip
+@click.option("--draft-vocabulary", "vocabulary", type=click.IntRange(1), metavar="N",
+              help="Draft the first N tokens of the vocabulary alone, which are the frequent ones.")  # fmt: skip
 @click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True,
               help="Acceptance at this temperature decides.")  # fmt: skip
 @click.option("--costs", type=click.Choice(["measured", "bytes"]), default="measured", show_default=True,
@@ -42,10 +44,11 @@ SHOWN = 5  # patterns in the table, where fewer were measured
     "--tokens", type=click.IntRange(8), default=64, show_default=True, help="Generated in a run that is measured."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write all figures to a .json file.")
-@click.option("--store", is_flag=True, help="Make the best pattern the default_draft of the model in DIR.")
+@click.option("--store", is_flag=True,
+              help="Make the best pattern, and N, the default_draft of the model in DIR.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an existing --out, or another default_draft.")
-def command(text: Path | None, path: str | None, verify: str, out: Path | None, store: bool, force: bool,
-            text_tokens: int, **options: Any) -> None:  # fmt: skip
+def command(text: Path | None, path: str | None, verify: str, vocabulary: int | None, out: Path | None, store: bool,
+            force: bool, text_tokens: int, **options: Any) -> None:  # fmt: skip
     """Find the pattern that drafts best for --verify, by what TEXT has it accept and by what it costs.
 
     A search over fixed patterns: each is tried by one pass over the text, which says how many of its first drafted
@@ -71,6 +74,8 @@ def command(text: Path | None, path: str | None, verify: str, out: Path | None, 
         _check_store(path, force)
     directory = checkpoint.resolve(path)
     model, tokenizer = checkpoint.load(directory, fuse=True)
+    if vocabulary:
+        model.draft_from(vocabulary)
     pattern = _fixed(model, verify)
     read = reading.read(text, "held_out")
     length = min(LENGTH, model.args.max_position_embeddings or LENGTH)
@@ -84,7 +89,7 @@ def command(text: Path | None, path: str | None, verify: str, out: Path | None, 
         text_record = read.record(windows.size, len(windows))
         write_output(out, {"command": typed(), "model": named, "text": text_record, "system": before} | found)
     if store:
-        checkpoint.save_default_draft(directory, found["best"])
+        checkpoint.save_default_draft(directory, found["best"], vocabulary)
         click.echo(f"{directory / 'config.json'}: default_draft is {found['best']}", err=True)
 
 

@@ -27,6 +27,8 @@ Works = dict[str, dict[str, "Work"]]
 @click.option("--context", type=click.IntRange(min=1), help="Positions attended to.  [default: 512, or all there are]")
 @click.option("--speculate", metavar="SPEC", help="Project speculation with drafts by this pattern, and nothing else.")
 @click.option("--acceptance", metavar="F,F...|FILE", help="Of a round's 1st, 2nd ... draft; see below.")
+@click.option("--draft-vocabulary", "vocabulary", type=click.IntRange(1), metavar="N",
+              help="With --speculate: drafts read at most N rows of the head.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def command(
     path: str | None,
@@ -37,6 +39,7 @@ def command(
     context: int | None,
     speculate: str | None,
     acceptance: str | None,
+    vocabulary: int | None,
     as_json: bool,
 ) -> None:
     """Project what routing should bring on Apple chips, by strategy, size and quantisation.
@@ -61,6 +64,8 @@ def command(
         raise click.UsageError("--speculate and --acceptance go together: give the draft's pattern and its acceptance")
     if speculate is not None and (route is not None or strategies):
         raise click.UsageError("--speculate is projected against all big; leave out --route and --strategy")
+    if speculate is None and vocabulary:
+        raise click.UsageError("--draft-vocabulary goes with --speculate")
 
     from duo_mlx.projection import ASSUMPTIONS, MIXES, SHAPES, machines
     from duo_mlx.work import imagined, usable, works
@@ -69,7 +74,7 @@ def command(
     model, name = _model(path, bits)
     context = _context(model, context)
     if speculate is not None and acceptance is not None:
-        _print(_of_speculation(model, name, int(bits or 4), speculate, acceptance, context, on), as_json)
+        _print(_of_speculation(model, name, int(bits or 4), speculate, acceptance, vocabulary, context, on), as_json)
         return
     mixes = MIXES if route is None else {"big": MIXES["big"], route: _mix(model, route)}
     found = works(model, mixes, context, strategies or [each for each in SHOWN if each in usable(model)])
@@ -153,8 +158,9 @@ def _of_model(model: "Model", works: Works, machines: "list[Machine]") -> dict[s
 
 
 def _of_speculation(
-    model: "Model", name: str, bits: int, spec: str, acceptance: str, context: int, machines: "list[Machine]"
-) -> dict[str, Any]:
+    model: "Model", name: str, bits: int, spec: str, acceptance: str, vocabulary: int | None, context: int,
+    machines: "list[Machine]",
+) -> dict[str, Any]:  # fmt: skip
     from duo_mlx.bench import projected_speculation
     from duo_mlx.bench.speculated import pattern_of
     from duo_mlx.projection import ASSUMPTIONS, SHAPES
@@ -164,11 +170,14 @@ def _of_speculation(
     pattern = pattern_of(model, "--speculate", spec)
     shares = projected_speculation.read_acceptance(acceptance, spec)
     shapes = {f"{each}, {bits} bits": imagined(SHAPES[each], bits) for each in projected_speculation.large_shapes()}
+    for each in (model, *shapes.values()):
+        each.draft_from(min(vocabulary or each.args.vocab_size, each.args.vocab_size))
     return {
         "projection": (*ASSUMPTIONS, *projected_speculation.ASSUMPTIONS),
         "speculation": {
             "pattern": format_pattern(pattern),
             "acceptance": shares,
+            "draft_vocabulary": vocabulary,
             "context": context,
             "goal": {"speed_up": projected_speculation.GOAL, "parameters": projected_speculation.LARGE},
             "rows": projected_speculation.project({name: model} | shapes, pattern, shares, context, machines),

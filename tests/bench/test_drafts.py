@@ -57,8 +57,9 @@ def softmax(logits):
         {"skip_scope": "layer"},
         {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 4},
         {"small_layers": [1, 3]},
+        {"draft_vocabulary": 20},
     ],
-    ids=["plain", "skipping attention", "sliding", "few small"],
+    ids=["plain", "skipping attention", "sliding", "few small", "few tokens"],
 )
 @pytest.mark.parametrize(("verify", "draft"), [("big", "small"), ("BBsB", "B-s-"), ("big", "BBs-")])
 def test_one_pass_is_a_draft_after_every_prefix(tiny_model, verify, draft, changes):
@@ -68,6 +69,7 @@ def test_one_pass_is_a_draft_after_every_prefix(tiny_model, verify, draft, chang
     for number, row in enumerate(rows):
         q = drafted_after_every_prefix(model, row, verify, draft)
         p = drafted_after_every_prefix(model, row, verify, verify)
+        q[:, model.args.draft_vocabulary or len(q[0]) :] = -np.inf
         assert found[0, number].tolist() == (q.argmax(axis=-1) == p.argmax(axis=-1)).tolist()
         shared = np.minimum(softmax(q / 0.7), softmax(p / 0.7)).sum(axis=-1)
         np.testing.assert_allclose(found[1, number], shared, atol=2e-5)
@@ -94,11 +96,16 @@ def test_positions_are_counted_over_all_rounds_of_a_window():
 # --- costs ----------------------------------------------------------------------------------------------------------
 
 
+def of(model, verify, growth=AS_BYTES):
+    return Costs(cost.weight_bytes(model), cost.draft_bytes(model), verify, growth)
+
+
+@pytest.mark.parametrize("vocabulary", [0, 5])
 @pytest.mark.parametrize("draft", ["ssss", "BBss", "B--B", "BBBs"])
-def test_a_round_costs_the_bytes_that_speculation_counts(tiny_model, draft):
-    model = tiny_model(small_layers=[0, 2, 3])
+def test_a_round_costs_the_bytes_that_speculation_counts(tiny_model, draft, vocabulary):
+    model = tiny_model(small_layers=[0, 2, 3], draft_vocabulary=vocabulary)
     verify, draft = pattern("big"), model.args.realised(pattern(draft))
-    costs = Costs(cost.weight_bytes(model), verify, AS_BYTES)
+    costs = of(model, verify)
     assert costs.rounds(draft)[0] == 1
     steps = speculate(model, [3, 4, 5], FixedPolicy(verify), FixedPolicy(draft), draft_tokens=3, max_tokens=12)
     first, *rest = dict.fromkeys(token.speculation for token in steps)
@@ -111,7 +118,7 @@ def test_what_both_patterns_begin_with_is_verified_once(tiny_model):
     model, verify = tiny_model(), pattern("big")
     table = cost.weight_bytes(model)
     growth = {1: 1.0, LONGEST + 1: 1.0 + LONGEST}  # each token as dear as the first
-    rounds = Costs(table, verify, growth).rounds(pattern("BBss"))
+    rounds = of(model, verify, growth).rounds(pattern("BBss"))
     begin = table.by_route[:2, Route.BIG].sum()
     whole, step = table.of(verify), table.of(pattern("BBss"))
     for drafted in range(LONGEST + 1):
@@ -120,7 +127,7 @@ def test_what_both_patterns_begin_with_is_verified_once(tiny_model):
 
 
 def test_the_best_length_is_at_least_one(tiny_model):
-    costs = Costs(cost.weight_bytes(tiny_model()), pattern("big"), AS_BYTES)
+    costs = of(tiny_model(), pattern("big"))
     draft = pattern("ssss")
     tokens, speed_up = costs.best(draft, np.zeros(LONGEST))
     assert tokens == 1 and speed_up == pytest.approx(1 / costs.rounds(draft)[1]) and speed_up < 1
@@ -148,7 +155,7 @@ def judged(costs, accepted):
 
 def test_the_search_finds_what_trying_all_patterns_finds(tiny_model):
     model = tiny_model(best_patterns=[{"pattern": "BB-s", "loss": 3.0}, {"pattern": "B-ss", "loss": 3.2}])
-    costs = Costs(cost.weight_bytes(model), pattern("big"), AS_BYTES)
+    costs = of(model, pattern("big"))
     worth = np.array([[0.0, 0.10, 0.30], [0.0, 0.24, 0.25], [0.0, 0.02, 0.03], [0.0, 0.18, 0.40]])
     judge, asked = judged(costs, lambda routes: float(worth[np.arange(LAYERS), routes].sum()))
     found = drafts.search(judge, costs, drafts.starts(model, "-sB"), drafts.options(model, "-sB"), 999)
@@ -161,7 +168,7 @@ def test_the_search_finds_what_trying_all_patterns_finds(tiny_model):
 
 def test_no_more_passes_than_are_given(tiny_model):
     model = tiny_model()
-    costs = Costs(cost.weight_bytes(model), pattern("big"), AS_BYTES)
+    costs = of(model, pattern("big"))
     judge, asked = judged(costs, lambda _: 0.5)
     numbers = []
     found = drafts.search(
@@ -172,7 +179,7 @@ def test_no_more_passes_than_are_given(tiny_model):
 
 def test_what_cannot_be_the_best_is_not_tried(tiny_model):
     model = tiny_model()
-    costs = Costs(cost.weight_bytes(model), pattern("big"), AS_BYTES)
+    costs = of(model, pattern("big"))
     judge, asked = judged(costs, lambda routes: float((routes == Route.SMALL).all()))  # all small is never refused
     drafts.search(judge, costs, drafts.starts(model, "sB"), drafts.options(model, "sB"), 999)
     assert asked == ["ssss"]  # all others read more
@@ -181,7 +188,7 @@ def test_what_cannot_be_the_best_is_not_tried(tiny_model):
 def test_drafts_are_as_the_model_realises_them_and_cheaper_than_the_verifying_pattern(tiny_model):
     model = tiny_model(small_layers=[1, 2])
     assert drafts.options(model, "sB") == [(2,), (1, 2), (1, 2), (2,)]
-    costs = Costs(cost.weight_bytes(model), pattern("BBsB"), AS_BYTES)
+    costs = of(model, pattern("BBsB"))
     judge, asked = judged(costs, lambda _: 0.9)
     drafts.search(judge, costs, drafts.starts(model, "sB"), drafts.options(model, "sB"), 999)
     assert asked[0] == "BssB" and set(asked) <= {"BssB", "BsBB"}

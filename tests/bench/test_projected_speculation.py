@@ -25,15 +25,17 @@ def times(model, draft, longest=1, constants=NEVER_WAITS, growth=ONCE):
     return bench.round_seconds(model, pattern("big"), pattern(draft), longest, 10, constants, growth)
 
 
-def test_a_round_is_its_steps_its_pass_and_a_wait(tiny_model):
-    model, constants = tiny_model(), Constants(1e9, 1e-6, 1e-5)
+@pytest.mark.parametrize("vocabulary", [0, 8])
+def test_a_round_is_its_steps_its_pass_and_a_wait(tiny_model, vocabulary):
+    model, constants = tiny_model(draft_vocabulary=vocabulary), Constants(1e9, 1e-6, 1e-5)
     big, small = (float(cost.weight_bytes(model).of(pattern(spec))) for spec in ("big", "small"))
     layer = model.layers[0]
     assert big - small == LAYERS * (nbytes(layer.mlp.big) - nbytes(layer.mlp.small))
     cache = LAYERS * 10 * 2 * 2 * 4 * 4
     kernels = float(work.dispatches(model, "planned").of(pattern("big")))
     plain = (big + cache) / 1e9 + kernels * 1e-6
-    step = (small + cache) / 1e9 + kernels * 1e-6
+    unread = nbytes(model.table) * (model.args.vocab_size - vocabulary) / model.args.vocab_size if vocabulary else 0
+    step = (small - unread + cache) / 1e9 + kernels * 1e-6
     for growth, rows in ((ONCE, 1), (PER_ROW, 3)):
         copies, tokens, results, judged = 3, 2, 3, 2
         verify = (rows * big + cache) / 1e9 + (kernels + copies + tokens + results + judged) * 1e-6 + 1e-5

@@ -243,6 +243,13 @@ def test_the_record(saved, tmp_path):
     alone = run(*options[:-2], "--rounds", 1, "--no-against-mlx-lm", "--temp", 1.0, "--out", tmp_path / "out.csv")
     assert alone.exit_code == 0 and "mlx-lm" not in alone.output and "token by token" not in alone.output
     assert (tmp_path / "out.csv").read_text().startswith("way,run,seconds\nplain,0,")
+    fewer = run(*options, "--draft-vocabulary", 9, "--out", tmp_path / "fewer.json")
+    assert fewer.exit_code == 0 and "all texts are those of plain decoding, token by token" in fewer.output
+    record = json.loads((tmp_path / "fewer.json").read_text())
+    assert "--draft-vocabulary 9 " in record["command"]
+    rounds = [each["small, 2"] for each in (record["summary"]["ways"], summed)]
+    read = [each["bytes_per_token"] * each["tokens"] / each["verifications"] for each in rounds]
+    assert read[0] < read[1]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +260,7 @@ def test_the_record(saved, tmp_path):
         (["--route", "router"], "--route router: "),
         (["--route", "small", "--draft", "big"], "--draft big --draft-tokens auto: the draft's routes read .* cheaper"),
         (["--draft-tokens", "few"], "--draft small --draft-tokens few: draft_tokens is few; it must be auto or a"),
+        (["--draft-vocabulary", 33], "--draft-vocabulary 33: the model's vocabulary has 32 tokens"),
         (["--tokens", 40], "--prompt-tokens and --tokens come to 72 positions; the model has 64"),
     ],
 )

@@ -152,7 +152,9 @@ def test_counts_are_those_of_speculation_itself(tiny_model, pair):
     assert generator.record() == found
 
 
-@pytest.mark.parametrize("changes", [{}, {"skip_scope": "layer"}, {"small_layers": [1, 2]}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"skip_scope": "layer"}, {"small_layers": [1, 2]}, {"draft_vocabulary": 9}], ids=str
+)
 @pytest.mark.parametrize("pair", PAIRS_AND_AHEAD)
 def test_flops_are_those_of_each_token_in_each_layer(tiny_model, done, pair, changes):
     """Token by token and layer by layer: a drafted one passes what the drafts share with the verification once."""
@@ -174,7 +176,8 @@ def test_flops_are_those_of_each_token_in_each_layer(tiny_model, done, pair, cha
                     expected += table.by_route[layer, drafted[place, layer]]
                 if place == each.drafted or not alike:
                     expected += table.by_route[layer, verified[place, layer]]
-        expected += (2 * each.drafted + 1) * table.fixed
+        of_draft = table.fixed * (model.args.draft_vocabulary or model.args.vocab_size) // model.args.vocab_size
+        expected += (each.drafted + 1) * table.fixed + each.drafted * of_draft
     assert generator.record()["flops"] == expected
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from duo_mlx import checkpoint, files
+from duo_mlx import checkpoint, cost, files
 from duo_mlx.bench import reading
 from duo_mlx.bench.acceptance import Acceptance
 from duo_mlx.cli import main
@@ -87,6 +87,21 @@ def test_figures_are_those_of_the_held_out_windows(model, text, tmp_path):
     assert "default_draft" not in json.loads((directory / "config.json").read_text())
 
 
+def test_fewer_tokens_to_draft_are_stored_with_the_pattern(model, text, tmp_path):
+    directory, out = model(), tmp_path / "draft.json"
+    options = ("--model", directory, *QUICK, "--draft-vocabulary", "20", "--store", "--out", out)
+    done = run("bench draft", text, *options)
+    assert done.exit_code == 0, done.output
+    config, found = json.loads((directory / "config.json").read_text()), json.loads(out.read_text())
+    assert config["draft_vocabulary"] == found["draft_vocabulary"] == 20 and config["default_draft"] == found["best"]
+    assert checkpoint.load(directory)[0].args.draft_vocabulary == 20
+    share = next(each["bytes"] for each in found["candidates"] if each["pattern"] == "ssss")
+    whole = checkpoint.load(directory)[0]
+    drafts, all_of_it = cost.draft_bytes(whole), cost.weight_bytes(whole)
+    assert share == drafts.of(parse_pattern("ssss", 4)) / all_of_it.of(parse_pattern("big", 4))
+    assert drafts.fixed < all_of_it.fixed
+
+
 def test_speculate_default_is_the_stored_pattern(model):
     directory = model(default_draft="Bsss")
     arguments = ("--model", directory, "w1 w2 w3", "--max-tokens", "12", "--json", "--draft-tokens", "2", "--speculate")
@@ -110,6 +125,7 @@ def test_speculate_default_of_a_model_without_one_is_one_line(model):
         (("--verify", "skip"), "no pattern reads fewer weights than --verify ----"),
         (("--choices", "B"), "Invalid value for '--choices'"),
         (("--out", "draft.txt"), "--out draft.txt: the name must end in .json"),
+        (("--draft-vocabulary", "999"), "--draft-vocabulary 999: the model's vocabulary has "),
         (("--tokens", "40"), "--tokens 40: after prompts of 32 tokens the model's context of 64 is full"),
         (("--store",), "has the default_draft Bsss; give --force to replace it"),
     ],

@@ -141,6 +141,14 @@ def test_speculation_is_projected_with_all_its_assumptions(model, monkeypatch):
     assert "x1.5 from 1 B parameters on, read per row: none" in done.stdout
     assert max(map(len, done.stdout.splitlines())) < 140
 
+    fewer = told(*asked, "--draft-vocabulary", 32_000)["speculation"]
+    assert fewer["draft_vocabulary"] == 32_000 and speculation["draft_vocabulary"] is None
+    assert fewer["rows"][0] == speculation["rows"][0]  # the model has fewer
+    models["Llama 3.2 1B, 4 bits"].draft_from(32_000)
+    (row,) = projected_speculation.project(dict([models.popitem()]), pattern, speculation["acceptance"], 512, on)
+    assert fewer["rows"][1] == json.loads(json.dumps(row))
+    assert row["draft_bytes_share"] < expected[1]["draft_bytes_share"]
+
 
 @pytest.mark.parametrize(
     ("options", "line"),
@@ -149,6 +157,7 @@ def test_speculation_is_projected_with_all_its_assumptions(model, monkeypatch):
         (["--acceptance", "0.5"], "--speculate and --acceptance go together"),
         (["--speculate", "small", "--acceptance", "0.5", "--route", "big"], "leave out --route and --strategy"),
         (["--speculate", "random", "--acceptance", "0.5"], "--speculate random: must be one pattern for all tokens"),
+        (["--draft-vocabulary", "9"], "--draft-vocabulary goes with --speculate"),
         (["--speculate", "small", "--acceptance", "high"], "--acceptance high: must be shares from 0 to 1"),
     ],
 )
