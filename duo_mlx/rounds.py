@@ -133,13 +133,14 @@ class Rounds:
             inputs, hidden, drafted = self._drafts(before, mx.array([[history[-1]]], mx.uint32), drafting, shared)
             self._take_back(drafts, shared)
             final = self._verified(inputs, hidden, verifying, shared)
-            logprobs = self._logprobs(self._model.head(final), before, inputs)
+            verified = self._scores(self._model.head(final), before, inputs)
             if drafts:
                 tokens = mx.concatenate(inputs[1:], axis=1)[0]
-                stands, instead = self._sampling.judge(mx.concatenate(drafted), tokens, logprobs)
+                stands, instead = self._sampling.judge(mx.concatenate(drafted), tokens, verified)
                 found = [stands.astype(mx.uint32), tokens, instead]
             else:
-                found = [instead := self._sampling(logprobs)]
+                found = [instead := self._sampling(verified)]
+            logprobs = self._logprobs(verified)
             if isinstance(self._draft, LookAhead):  # the routes after each place, as if the text went on from there
                 ahead = self._draft.routes(self._model.model.embed_tokens(instead), final[0])
                 found.append(ahead.reshape(-1))
@@ -164,9 +165,9 @@ class Rounds:
             before = mx.array([*known] if self._processors else [], mx.uint32)
             last = after.token.astype(mx.uint32)[None] if after else mx.array([[history[-1]]], mx.uint32)
             final = self._verified([last], [], verifying, 0)
-            logprobs = self._logprobs(self._model.head(final), before, [last])
-            token = self._sampling(logprobs)
-            mx.async_eval(token, logprobs)
+            scores = self._scores(self._model.head(final), before, [last])
+            token, logprobs = self._sampling(scores), self._logprobs(scores)
+            mx.async_eval(token)
         return Step(token, logprobs, *self._reads(start, verifying[:0], verifying, 0))
 
     def _drafting(self, start: int, wanted: int) -> Routes:
@@ -186,19 +187,19 @@ class Rounds:
 
         Returns:
             The last token and the drafted ones, ``[1, 1]`` each; what the shared layers made of all but the last,
-            ``[1, 1, hidden]``; log-probabilities of the drafted ones, ``[1, draft_vocabulary]``.
+            ``[1, 1, hidden]``; the scores by which the others were drafted, ``[1, draft_vocabulary]``.
         """
         decoder = self._model.model
-        inputs, hidden, logprobs = [last], [], []
+        inputs, hidden, scores = [last], [], []
         for pattern in drafting:
             routes = self._plan(pattern[None])
             h = decoder(decoder.embed_tokens(inputs[-1]), self._cache, routes, self._strategy, 0, shared)
             out = decoder(h, self._cache, routes, self._strategy, shared)
             hidden.append(h)
-            logprobs.append(self._logprobs(self._draft_head(out), before, inputs))
-            inputs.append(self._sampling(logprobs[-1]).astype(mx.uint32)[None])
+            scores.append(self._scores(self._draft_head(out), before, inputs))
+            inputs.append(self._sampling(scores[-1]).astype(mx.uint32)[None])
             mx.async_eval(inputs[-1])  # the device works while the host builds the next step
-        return inputs, hidden, logprobs
+        return inputs, hidden, scores
 
     def _verified(self, inputs: list[mx.array], hidden: list[mx.array], verifying: Routes, shared: int) -> mx.array:
         """What the last norm makes of each of the inputs, ``[1, inputs, hidden]``, by the verifying routes."""
@@ -214,10 +215,16 @@ class Rounds:
         """An entry a layer from ``routes [tokens, layers]``; not to be changed, since the same plan serves again."""
         return self._plans(routes.tobytes(), *routes.shape)
 
-    def _logprobs(self, logits: mx.array, before: mx.array, inputs: Sequence[mx.array]) -> mx.array:
-        """Log-probabilities ``[tokens, vocab]`` of ``logits [1, tokens, vocab]`` at the last of the inputs ``[1, 1]``.
+    def _scores(self, logits: mx.array, before: mx.array, inputs: Sequence[mx.array]) -> mx.array:
+        """What sampling goes by, ``[tokens, vocab]``: log-probabilities, or logits, which do for the likeliest token.
 
-        Processors see what was ``before`` and the inputs up to each place, and all of the vocabulary.
+        Log-probabilities take a sum over the vocabulary. Processors see what was ``before`` and the inputs up to each
+        place, and all of the vocabulary.
+
+        Args:
+            logits: ``[1, tokens, vocab]``, at the last of the inputs.
+            before: tokens ``[length]``.
+            inputs: tokens after them, ``[1, 1]`` each.
         """
         rows = logits.squeeze(0)
         if self._processors:
@@ -227,7 +234,11 @@ class Rounds:
             rows = mx.concatenate(
                 [self._processed(seen[: first + row], rows[row : row + 1]) for row in range(len(rows))]
             )
-        return rows - mx.logsumexp(rows, axis=-1, keepdims=True)
+        return _normalised(rows) if self._sampling.temp else rows
+
+    def _logprobs(self, scores: mx.array) -> mx.array:
+        """Log-probabilities of `_scores`, computed when somebody asks for them."""
+        return scores if self._sampling.temp else _normalised(scores)
 
     def _processed(self, seen: mx.array, logits: mx.array) -> mx.array:
         for processor in self._processors:
@@ -248,6 +259,10 @@ class Rounds:
         passes, context = [*drafting[:, None], rest], start + 1 + len(drafting) // 2  # in the middle of the round
         weights = self._weight_bytes(rest) + (int(self._draft_bytes.of(drafting).sum()) if len(drafting) else 0)
         return weights, sum(self._cache_bytes(routes, context) for routes in passes)
+
+
+def _normalised(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def patterns(model: Model, policy: Policy, start: int, stop: int) -> Routes:

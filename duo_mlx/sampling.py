@@ -41,7 +41,7 @@ class Sampling:
             raise DuoError(f"top_k is {self.top_k!r}; it must be a whole number from 0")
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        """One token ``[...]`` for each of ``logprobs [..., vocab]``."""
+        """One token ``[...]`` for each of ``logprobs [..., vocab]``; without a temperature logits do."""
         if not self.temp:
             return mx.argmax(logprobs, axis=-1)
         return mx.random.categorical(self._scaled(logprobs))
@@ -75,7 +75,8 @@ class Sampling:
             drafted: log-probabilities ``[drafts, vocab]`` by which the tokens were drafted (q), at least one. Tokens at
                 the end of the vocabulary that are never drafted may be missing.
             tokens: the drafted tokens ``[drafts]``.
-            verified: log-probabilities ``[drafts + 1, vocab]`` at the same places and the next one (p).
+            verified: log-probabilities ``[drafts + 1, vocab]`` at the same places and the next one (p). Without a
+                temperature logits do, here and above.
 
         Returns:
             ``[drafts]``, true where a token stands if all before it do, and tokens ``[drafts + 1]``: one instead of

@@ -205,6 +205,7 @@ def test_a_step_without_drafts_is_a_step_of_plain_decoding(tiny_model, monkeypat
     monkeypatch.setattr(mx, "async_eval", lambda *_: None)
     step = Rounds(model, route(pattern), route("small"), "auto", ours, Sampling()).step([*PROMPT, 3])
     assert primitives(step.token, step.logprobs) == primitives(Sampling()(logprobs), logprobs)
+    assert "LogSumExp" in primitives(step.logprobs) and "LogSumExp" not in primitives(step.token)  # if asked for
 
 
 WAITS = ("item", "tolist", "__array__", "__bool__", "__int__", "__float__", "__index__", "__iter__")
