@@ -112,15 +112,19 @@ def run(file: Path) -> int:
 
 
 def run_all(files: list[str]) -> None:
-    """Run each file by itself, as many at once as there are cores; what they print comes file by file.
+    """Run each file by itself, as many at once as there are cores, with a BLAS thread each.
+
+    What they print comes file by file.
 
     Raises:
         SystemExit: a block failed.
     """
 
+    environment = {"OPENBLAS_NUM_THREADS": "1"} | os.environ
+
     def one(file: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, __file__, "run", file]
-        return subprocess.run(command, stdout=PIPE, stderr=STDOUT, text=True, check=False)
+        return subprocess.run(command, stdout=PIPE, stderr=STDOUT, text=True, check=False, env=environment)
 
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
         for file, done in zip(files, pool.map(one, files), strict=True):

@@ -22,8 +22,8 @@ from duo_mlx.auto import FEW
 
 FORMAT = ("mode", "bits", "group_size")
 UNCOPIED = {"SkylakeX", "Cooperlake", "SapphireRapids"}  # kernels that copy no weights for products
-OUTPUTS, MULTIPLICATIONS = 1200, 1_000_000  # of at most so many numbers, and so many multiplications
-LEAST = 32  # outputs of a piece: of smaller ones there are too many
+OUTPUTS, MULTIPLICATIONS = 1200, 1_000_000  # of at most so many numbers, and so many multiplications,
+LEAST = 32  # and of at least so wide inputs. Pieces have as many outputs, or there would be too many
 THREADS = 2  # at most
 
 
@@ -118,7 +118,7 @@ def _pieces(outputs: int, width: int, tokens: int) -> int:
     if blas is None or blas.kernels not in UNCOPIED or (blas.threads or THREADS) > THREADS:
         return 1
     most = min(OUTPUTS, MULTIPLICATIONS // width) // tokens  # outputs of a piece
-    if outputs <= most or most < LEAST:
+    if outputs <= most or min(most, width) < LEAST:
         return 1
     cut = next(count for count in range(-(-outputs // most), outputs + 1) if outputs % count == 0)
     return cut if outputs // cut >= LEAST else 1
