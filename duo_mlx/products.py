@@ -6,9 +6,9 @@ product, a kernel, a token that only writes keys and values) finds it. `onto` ad
 
 `through` and `times` cut the outputs of a product into pieces where these are faster. OpenBLAS copies weights before it
 multiplies with them, though a few tokens need them but once. Its kernels for AVX-512 leave that out of small products
-(`sgemm_small_kernel_permit_skylakex.c`), and a product in such pieces takes 0.4 to 0.7 of its time for a token (576 x
-3072, 576 x 49152), 0.4 to 0.6 for four. Other kernels always copy. Where more threads share a product than there are
-figures for, nothing is cut, since a piece has one thread.
+(`sgemm_small_kernel_permit_skylakex.c`), so there products are cut into pieces as small as that: `duo_mlx.bench.pieces`
+has the times. Other kernels always copy. Where more threads share a product than there are figures for, nothing is
+cut, since a piece has one thread.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ UNCOPIED = {"SkylakeX", "Cooperlake", "SapphireRapids"}  # kernels that copy no 
 OUTPUTS, MULTIPLICATIONS = 1200, 1_000_000  # of at most so many numbers, and so many multiplications,
 LEAST = 32  # and of at least so wide inputs. Pieces have as many outputs, or there would be too many
 THREADS = 2  # at most
+RULE = f"products are cut for OpenBLAS with kernels for {', '.join(sorted(UNCOPIED))} and at most {THREADS} threads"
 
 
 def on_cpu() -> bool:
@@ -105,6 +106,12 @@ def times(x: mx.array, weight: mx.array) -> mx.array:
     return parts.swapaxes(0, 1).reshape(*x.shape[:-1], outputs)
 
 
+def cuts() -> bool:
+    """Whether the BLAS that was loaded is one for which products are cut."""
+    blas = _blas.preload()
+    return blas is not None and blas.kernels in UNCOPIED and (blas.threads or THREADS) <= THREADS
+
+
 def pieces(weight: mx.array, x: mx.array) -> int:
     """In how many equal pieces the product of ``x [..., width]`` with ``weight [outputs, width]`` is the fastest."""
     if not on_cpu() or weight.dtype != mx.float32:
@@ -114,8 +121,7 @@ def pieces(weight: mx.array, x: mx.array) -> int:
 
 @lru_cache(maxsize=1024)
 def _pieces(outputs: int, width: int, tokens: int) -> int:
-    blas = _blas.preload()
-    if blas is None or blas.kernels not in UNCOPIED or (blas.threads or THREADS) > THREADS:
+    if not cuts():
         return 1
     most = min(OUTPUTS, MULTIPLICATIONS // width) // tokens  # outputs of a piece
     if outputs <= most or min(most, width) < LEAST:
