@@ -7,7 +7,6 @@ The caches are filled with noise of that length. Keys and values are read whatev
 the context, the less of a step is left to save; the bytes beside the times say how much.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from duo_mlx.bench.peer import (
     step_bytes,
 )
 from duo_mlx.bench.prefill import CLOCKS
-from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.system import system_record
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
@@ -139,17 +138,14 @@ def command(
     if out:
         of = options.weights_of(directory, layers)
         arguments = f"--contexts {','.join(map(str, contexts))} --rounds {rounds} --tokens {tokens}"
-        write_output(
+        write_runs(
             out,
-            {
-                "command": f"python -m duo_mlx.bench.context {of} {arguments} --seed {seed} --clock {clock}",
-                "system": before,
-                "load_average_after": os.getloadavg(),
-                "shape": vars(model.args),
-                "steps_a_run": tokens + 1,
-                "summary": result,
-                "runs_s": timings.runs,
-            },
+            f"python -m duo_mlx.bench.context {of} {arguments} --seed {seed} --clock {clock}",
+            before,
+            timings.runs,
+            shape=vars(model.args),
+            steps_a_run=tokens + 1,
+            summary=result,
         )
 
 

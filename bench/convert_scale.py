@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models
 
 from duo_mlx import shards
 from duo_mlx.bench.interleave import Timings, interleave
-from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.system import system_record
 from duo_mlx.convert.plan import expected_shapes
 from duo_mlx.errors import DuoError
@@ -209,15 +209,15 @@ def command(
     click.echo(table(result))
     if out:
         options = f"--gigabytes {gigabytes:g} --shard-gigabytes {shard_gigabytes:g} --dtype {dtype}"
-        record = {
-            "command": f"python -m duo_mlx.bench.convert_scale {options} --rounds {rounds} --seed {seed}",
-            "system": before,
-            "load_average_after": os.getloadavg(),
-            "shape": config,
-            "summary": result,
-            "runs_s": timings.runs,
-        }
-        write_output(out, record, "what")
+        write_runs(
+            out,
+            f"python -m duo_mlx.bench.convert_scale {options} --rounds {rounds} --seed {seed}",
+            before,
+            timings.runs,
+            column="what",
+            shape=config,
+            summary=result,
+        )
 
 
 def main() -> None:

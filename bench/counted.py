@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from duo_mlx import checkpoint
 from duo_mlx.bench.oracle import first_layers
-from duo_mlx.bench.peer import filled_cache
+from duo_mlx.bench.peer import filled_cache, whole_products
 from duo_mlx.errors import DuoError
 from duo_mlx.llama_parts import Attention
 from duo_mlx.model import Model, ModelArgs
@@ -332,6 +332,5 @@ def evaluations(model: Model, tokens: int) -> Iterator[Work]:
     attention = patch.object(Attention, "__call__", counted(Attention.__call__))
     linear = patch.object(nn.Linear, "__call__", counted(nn.Linear.__call__))
     head = patch.object(Model, "head", counted(Model.head))
-    whole = patch("duo_mlx.products.pieces", lambda weight, x: 1)  # noqa: ARG005 (or some would pass `linear` by)
-    with attention, linear, head, whole:
+    with attention, linear, head, whole_products():  # or some would pass `linear` by
         yield work

@@ -12,7 +12,6 @@ Without --model the weights are random: SmolLM2-135M's shape, a small FFN 16 tim
 and big. What a trained router decides on the tokens here, which no one wrote, means nothing; what it costs does.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from duo_mlx.bench.peer import (
     step_bytes,
 )
 from duo_mlx.bench.prefill import CLOCKS
-from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.system import system_record
 from duo_mlx.conditional import STRATEGIES
 from duo_mlx.model import Model
@@ -206,18 +205,15 @@ def command(
         of = options.weights_of(directory, layers)
         arguments = f"--against {against} --rounds {rounds} --tokens {tokens} --context {context} --prefill {prefill}"
         arguments = f"{arguments} --strategy {strategy} --seed {seed} --clock {clock}"
-        write_output(
+        write_runs(
             out,
-            {
-                "command": f"python -m duo_mlx.bench.decode {of} {arguments}",
-                "system": before,
-                "load_average_after": os.getloadavg(),
-                "shape": vars(model.args),
-                "steps_a_run": tokens + 1,
-                "routes_of_router": mix,
-                "summary": result,
-                "runs_s": runs,
-            },
+            f"python -m duo_mlx.bench.decode {of} {arguments}",
+            before,
+            runs,
+            shape=vars(model.args),
+            steps_a_run=tokens + 1,
+            routes_of_router=mix,
+            summary=result,
         )
 
 

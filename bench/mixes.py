@@ -14,7 +14,6 @@ otherwise, ``--clock cpu`` counts the process's own seconds. What the host spend
 with the device on a free core, is then a part of the time that the sum does not know.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from duo_mlx.bench.budget import evenly_spaced
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.peer import open_model, routed, spread, step_bytes
 from duo_mlx.bench.prefill import CLOCKS, SHAPE
-from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.system import system_record
 from duo_mlx.ffns import nbytes
 from duo_mlx.model import Model
@@ -191,18 +190,17 @@ def command(
     click.echo(table(result))
     if out:
         arguments = f"--rounds {rounds} --tokens {tokens} --context {context} --layers {layers} --megabytes {megabytes}"
-        record = {
-            "command": f"python -m duo_mlx.bench.mixes {arguments} --seed {seed} --clock {clock}",
-            "system": before,
-            "load_average_after": os.getloadavg(),
-            "shape": SHAPE | {"num_hidden_layers": layers},
-            "patterns": {name: format_pattern(each) for name, each in patterns.items()},
-            "steps_a_run": tokens + 1,
-            "product_bytes": product_bytes,
-            "summary": result,
-            "runs_s": timings.runs,
-        }
-        write_output(out, record)
+        write_runs(
+            out,
+            f"python -m duo_mlx.bench.mixes {arguments} --seed {seed} --clock {clock}",
+            before,
+            timings.runs,
+            shape=SHAPE | {"num_hidden_layers": layers},
+            patterns={name: format_pattern(each) for name, each in patterns.items()},
+            steps_a_run=tokens + 1,
+            product_bytes=product_bytes,
+            summary=result,
+        )
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ costs, shows between a whole step and one of ``decoding``. A router that the hos
 so it stands under graph.
 """
 
-import os
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,7 +28,7 @@ from duo_mlx.bench import options
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.peer import PATTERNS, Decoder, check_context, decoders, llama_twin, open_model
 from duo_mlx.bench.prefill import CLOCKS
-from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.system import system_record
 from duo_mlx.model import Layer, Model
 from duo_mlx.router import LinearRouter
@@ -222,16 +221,13 @@ def command(
     if out:
         of = options.weights_of(directory, layers)
         arguments = f"--rounds {rounds} --tokens {tokens} --context {context} --seed {seed} --clock {clock}"
-        write_output(
+        write_runs(
             out,
-            {
-                "command": f"python -m duo_mlx.bench.parts {of} {arguments}",
-                "system": before,
-                "load_average_after": os.getloadavg(),
-                "shape": vars(model.args),
-                "summary": result,
-                "runs_s": timings.runs,
-            },
+            f"python -m duo_mlx.bench.parts {of} {arguments}",
+            before,
+            timings.runs,
+            shape=vars(model.args),
+            summary=result,
         )
 
 

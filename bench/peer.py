@@ -6,10 +6,12 @@ starts. `generate_step` is always one step ahead, so that N tokens take N + 1 st
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes)
 
@@ -21,7 +23,7 @@ from mlx_lm.generate import generate_step, generation_stream
 from mlx_lm.models import llama
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from duo_mlx import checkpoint, cost
+from duo_mlx import checkpoint, cost, products
 from duo_mlx.bench.prefill import SHAPE
 from duo_mlx.errors import DuoError
 from duo_mlx.intervals import interval
@@ -162,6 +164,13 @@ def primitives(output: mx.array) -> int:
     file = io.StringIO()
     mx.export_to_dot(file, output)
     return len(re.findall(r"shape=rectangle\]", file.getvalue()))
+
+
+@contextmanager
+def whole_products() -> Iterator[None]:
+    """Within it no product is cut into pieces, see `duo_mlx.products`."""
+    with patch.object(products, "pieces", lambda weight, x: 1):  # noqa: ARG005
+        yield
 
 
 def step_bytes(model: Model, routes: Routes, context: int, by_router: bool = False) -> float:

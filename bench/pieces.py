@@ -5,11 +5,9 @@
 Passes over 1, 2, 4 and 8 tokens by all big and a step by all small, each both ways in the same interleaved rounds.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import click
 
@@ -19,8 +17,8 @@ import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes
 from duo_mlx import _blas, products
 from duo_mlx.bench import options
 from duo_mlx.bench.interleave import Timings, interleave
-from duo_mlx.bench.peer import open_model, pattern
-from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.peer import open_model, pattern, whole_products
+from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.speculated import passes
 from duo_mlx.bench.speculated_summary import REPEATS
 from duo_mlx.bench.system import system_record
@@ -36,7 +34,7 @@ def whole(call: Call) -> Call:
     """The same with whole products."""
 
     def without() -> None:
-        with patch.object(products, "pieces", lambda weight, x: 1):  # noqa: ARG005
+        with whole_products():
             call()
 
     return without
@@ -79,15 +77,12 @@ def command(directory: Path | None, rounds: int, layers: int, out: Path | None, 
         click.echo(f"{name:<14} {found['median_ms']:>8.1f} ms, over whole products {line}")
     if out:
         of = options.weights_of(directory, layers)
-        write_output(
+        write_runs(
             out,
-            {
-                "command": f"python -m duo_mlx.bench.pieces {of} --rounds {rounds}",
-                "system": before,
-                "load_average_after": os.getloadavg(),
-                "summary": result,
-                "runs_s": timings.runs,
-            },
+            f"python -m duo_mlx.bench.pieces {of} --rounds {rounds}",
+            before,
+            timings.runs,
+            summary=result,
         )
 
 

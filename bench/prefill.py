@@ -11,7 +11,6 @@ layer's FFN and the head, which would hide the price, do not run.
 The default shape is SmolLM2-135M's with a small FFN 16 times narrower.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ import mlx.core as mx
 import numpy as np
 
 from duo_mlx.bench.interleave import Timings, interleave
-from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.system import system_record
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.policies import RandomPolicy
@@ -135,15 +134,14 @@ def command(rounds: int, tokens: int, layers: int, seed: int, clock: str, out: P
     click.echo(table(result))
     if out:
         options = f"--rounds {rounds} --tokens {tokens} --layers {layers} --seed {seed} --clock {clock}"
-        record = {
-            "command": f"python -m duo_mlx.bench.prefill {options}",
-            "system": before,
-            "load_average_after": os.getloadavg(),
-            "shape": shape,
-            "summary": result,
-            "runs_s": timings.runs,
-        }
-        write_output(out, record)
+        write_runs(
+            out,
+            f"python -m duo_mlx.bench.prefill {options}",
+            before,
+            timings.runs,
+            shape=shape,
+            summary=result,
+        )
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
 import csv
 import io
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,28 @@ def write_output(path: Path, record: dict[str, Any], column: str = "pass") -> No
         )
     with output_file(path, force=True) as file:
         file.write_text(text.getvalue(), encoding="utf-8")
+
+
+def write_runs(
+    path: Path,
+    command: str,
+    before: dict[str, Any],
+    runs: Mapping[str, Sequence[float]],
+    column: str = "pass",
+    **found: Any,
+) -> None:
+    """Write what a program that times found, as `write_output` does.
+
+    Args:
+        path: of the file.
+        command: what to type for the same again.
+        before: the system as it was before anything was timed.
+        runs: seconds, by what was timed.
+        column: what the first column of a CSV file is called.
+        found: everything else, by its key.
+    """
+    record = {"command": command, "system": before, "load_average_after": os.getloadavg(), **found, "runs_s": runs}
+    write_output(path, record, column)
 
 
 def held_out_windows(texts: Sequence[Path], ids: Sequence[NDArray[np.int32]], tokens: int) -> NDArray[np.int32]:

@@ -13,7 +13,6 @@ acceptance these say what speculation should come to. mlx-lm has no ``auto``, wh
 and always drafts from the whole vocabulary.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from duo_mlx.bench.continuations import Continuation, DraftModel, Ids, Plain, Sp
 from duo_mlx.bench.interleave import interleave
 from duo_mlx.bench.peer import filled_cache
 from duo_mlx.bench.prefill import CLOCKS
-from duo_mlx.bench.record import check_output, run, write_output
+from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.speculated_summary import PASSES, PEER, PLAIN, REPEATS, of_costs, summary, table
 from duo_mlx.bench.subject import Subject
 from duo_mlx.bench.system import system_record
@@ -197,21 +196,18 @@ def command(
         of += f" --prompts {file.name}" if file else ""
         rest = f"--count {count} --prompt-tokens {prompt_tokens} --tokens {tokens} --rounds {rounds} --temp {temp:g}"
         rest += f" --clock {clock}" + ("" if against else " --no-against-mlx-lm")
-        write_output(
+        write_runs(
             out,
-            {
-                "command": f"python -m duo_mlx.bench.speculated{of} --route {route}{asked} {rest}",
-                "system": before,
-                "load_average_after": os.getloadavg(),
-                "model": subject.record,
-                "prompts": text.record(count * prompt_tokens, count),
-                "patterns": {spec: format_pattern(each) for spec, each in ({route: verify} | patterns).items()},
-                "tokens": tokens,
-                "differences": apart,
-                "summary": result,
-                "runs_s": timings.runs | timed.runs,
-            },
+            f"python -m duo_mlx.bench.speculated{of} --route {route}{asked} {rest}",
+            before,
+            timings.runs | timed.runs,
             column="way",
+            model=subject.record,
+            prompts=text.record(count * prompt_tokens, count),
+            patterns={spec: format_pattern(each) for spec, each in ({route: verify} | patterns).items()},
+            tokens=tokens,
+            differences=apart,
+            summary=result,
         )
 
 

@@ -49,7 +49,7 @@ def round_flops(args: ModelArgs, drafting: Routes, verifying: Routes, shared: in
     """
     table = cost.flops(args, context)
     left = table.by_route[np.arange(shared), verifying[:-1, :shared]].sum()
-    left += len(drafting) * 2 * args.hidden_size * (args.vocab_size - (args.draft_vocabulary or args.vocab_size))
+    left += len(drafting) * 2 * args.hidden_size * (args.vocab_size - args.draft_vocabulary)
     return int(table.of(drafting).sum() + table.of(verifying).sum() - left)
 
 

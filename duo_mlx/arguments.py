@@ -52,7 +52,7 @@ class ModelArgs:
     router_offsets: tuple[tuple[float, float], ...] = ()  # see `duo_mlx.threshold`; what a measurement found
     default_route: str = "big"  # the pattern of a pass for which nobody gives routes
     default_draft: str = ""  # the pattern by which ``speculate="default"`` drafts; empty: none is known
-    draft_vocabulary: int = 0  # how many first tokens of the vocabulary drafts choose from; 0: all of them
+    draft_vocabulary: int = 0  # how many first tokens of the vocabulary drafts choose from; 0: vocab_size
     best_patterns: tuple[KnownPattern, ...] = ()  # see `duo_mlx.budget`; what a measurement found
 
     def __post_init__(self) -> None:
@@ -105,6 +105,7 @@ class ModelArgs:
                 f"config.json: draft_vocabulary is {self.draft_vocabulary!r}; it must be a whole number up to "
                 f"vocab_size {self.vocab_size}"
             )
+        object.__setattr__(self, "draft_vocabulary", self.draft_vocabulary or self.vocab_size)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:

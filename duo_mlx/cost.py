@@ -78,17 +78,18 @@ def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
 
 def draft_bytes(model: Model) -> RouteTable:
     """As `weight_bytes`, of a step that drafts: of the head it reads the part of ``draft_vocabulary`` alone."""
-    table, tokens = weight_bytes(model), model.args.vocab_size
-    unread = tokens - (model.args.draft_vocabulary or tokens)
-    return RouteTable(table.fixed - nbytes(model.table) // tokens * unread, table.by_route)
+    table, args = weight_bytes(model), model.args
+    unread = nbytes(model.table) // args.vocab_size * (args.vocab_size - args.draft_vocabulary)
+    return RouteTable(table.fixed - unread, table.by_route)
 
 
-def pass_bytes(model: Model) -> Callable[[Routes], int]:
+def pass_bytes(model: Model, table: RouteTable | None = None) -> Callable[[Routes], int]:
     """Bytes of weights that one pass over several tokens reads, as a function of their routes ``[tokens, layers]``.
 
-    Each FFN that some token needs is read once. The routes must be as the model realises them.
+    Each FFN that some token needs is read once. The routes must be as the model realises them. ``table``: what one
+    token reads; None: `weight_bytes`.
     """
-    table = weight_bytes(model)
+    table = weight_bytes(model) if table is None else table
     small = np.array([nbytes(layer.mlp.small) for layer in model.layers])
 
     @lru_cache(maxsize=1024)  # rounds of speculation ask before every pass, mostly for the same routes

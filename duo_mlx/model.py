@@ -218,7 +218,7 @@ class Model(nn.Module):
         A draft need not know rare tokens (FR-Spec, arXiv 2502.14856), and byte-pair vocabularies begin with the
         frequent ones.
         """
-        return partial(through, first(self.table, self.args.draft_vocabulary or self.args.vocab_size))
+        return partial(through, first(self.table, self.args.draft_vocabulary))
 
     def draft_from(self, tokens: int) -> None:
         """Let drafts choose from the first ``tokens`` of the vocabulary alone.

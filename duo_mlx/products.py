@@ -49,7 +49,7 @@ def join(parts: Sequence[nn.Module]) -> nn.Module | None:
     formats = {(type(part), *(getattr(part, name, None) for name in FORMAT), *sorted(part)) for part in parts}
     if len(formats) != 1 or type(parts[0]) not in (nn.Linear, nn.QuantizedLinear):
         return None
-    whole = _empty(type(parts[0]), parts[0])
+    whole = _empty(parts[0])
     for name in sorted(parts[0]):
         together = whole[name] = mx.concatenate([part[name] for part in parts])
         start = 0
@@ -59,9 +59,9 @@ def join(parts: Sequence[nn.Module]) -> nn.Module | None:
     return whole
 
 
-def _empty(kind: type[nn.Module], like: nn.Module) -> nn.Module:
+def _empty(like: nn.Module) -> nn.Module:
     """A linear map without weights, whose weights will be stored as those of ``like`` are."""
-    found: nn.Module = nn.Linear(1, 1) if kind is nn.Linear else nn.QuantizedLinear(128, 1)
+    found: nn.Module = nn.QuantizedLinear(128, 1) if "scales" in like else nn.Linear(1, 1)
     found.clear()
     for name in FORMAT:
         if hasattr(like, name):
@@ -71,8 +71,7 @@ def _empty(kind: type[nn.Module], like: nn.Module) -> nn.Module:
 
 def first(table: nn.Module, outputs: int) -> nn.Module:
     """The linear map to the first ``outputs`` of a head or of an embedding, without a copy of weights."""
-    quantised = isinstance(table, nn.QuantizedLinear | nn.QuantizedEmbedding)
-    part = _empty(nn.QuantizedLinear if quantised else nn.Linear, table)
+    part = _empty(table)
     for name in table:
         part[name] = table[name][:outputs]
     return part

@@ -92,7 +92,8 @@ class Rounds:
         self._model, self._verify, self._draft, self._strategy = model, verify, draft, strategy
         self._cache, self._sampling, self._processors = cache, sampling, processors
         self._weight_bytes, self._cache_bytes = cost.pass_bytes(model), cost.pass_cache_bytes(model)
-        self._draft_bytes, self._draft_head = cost.draft_bytes(model), model.draft_head()
+        self._draft_bytes = cost.pass_bytes(model, cost.draft_bytes(model))
+        self._draft_head = model.draft_head()
 
         @lru_cache(maxsize=1024)
         def plans(routes: bytes, tokens: int, layers: int) -> list[Any]:
@@ -256,9 +257,9 @@ class Rounds:
         if shared:
             rest = verifying.copy()
             rest[:, :shared] = verifying[-1, :shared]  # the verifying pass has but its last token there
-        passes, context = [*drafting[:, None], rest], start + 1 + len(drafting) // 2  # in the middle of the round
-        weights = self._weight_bytes(rest) + (int(self._draft_bytes.of(drafting).sum()) if len(drafting) else 0)
-        return weights, sum(self._cache_bytes(routes, context) for routes in passes)
+        steps, context = drafting[:, None], start + 1 + len(drafting) // 2  # in the middle of the round
+        weights = sum(map(self._draft_bytes, steps)) + self._weight_bytes(rest)
+        return weights, sum(self._cache_bytes(routes, context) for routes in (*steps, rest))
 
 
 def _normalised(logits: mx.array) -> mx.array:

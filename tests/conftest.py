@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from duo_mlx import checkpoint
+from duo_mlx import _blas, checkpoint, products
 from duo_mlx.kernels import launch, verdicts
 from duo_mlx.model import Model, ModelArgs
 
@@ -61,6 +61,18 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, n
             draw = draw / shape[-1] ** 0.5
         weights[name] = draw.astype(np.float32)
     return weights
+
+
+@pytest.fixture
+def blas(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[_blas.Loaded | None], None]]:
+    """``blas(loaded)``: what OpenBLAS there is, as `duo_mlx.products` sees it."""
+
+    def set_to(loaded: _blas.Loaded | None) -> None:
+        monkeypatch.setattr(_blas, "preload", lambda: loaded)
+        products._pieces.cache_clear()
+
+    yield set_to
+    products._pieces.cache_clear()
 
 
 @pytest.fixture(scope="session")

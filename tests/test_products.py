@@ -14,18 +14,6 @@ AVX512 = _blas.Loaded("libopenblas.so.0", "SkylakeX", 1)
 WIDTH, OUTPUTS = 32, 4096  # four pieces for one token
 
 
-@pytest.fixture
-def blas(monkeypatch):
-    """``blas(loaded)``: what OpenBLAS there is."""
-
-    def set_to(loaded):
-        monkeypatch.setattr(_blas, "preload", lambda: loaded)
-        products._pieces.cache_clear()
-
-    yield set_to
-    products._pieces.cache_clear()
-
-
 def random(*shape):
     return np.random.default_rng(len(shape)).standard_normal(shape, np.float32)
 

@@ -55,7 +55,7 @@ def by_definition(model, verify, draft, count, length):
         drafted = []
         for number in range(min(length, left - 1) if rounds else 0):
             routes = np.concatenate([patterns(verify, 0, known), patterns(draft, known, known + number + 1)], axis=1)
-            known_to_drafts = logits(model, history + drafted, routes)[-1][: model.args.draft_vocabulary or None]
+            known_to_drafts = logits(model, history + drafted, routes)[-1][: model.args.draft_vocabulary]
             drafted.append(int(known_to_drafts.argmax()))
         whole = history + drafted
         likeliest = logits(model, whole, patterns(verify, 0, len(whole)))[known:].argmax(axis=1).tolist()

@@ -25,7 +25,7 @@ SHOWN = 5  # patterns in the table, where fewer were measured
 @click.option("--choices", type=click.Choice(["sB", "-sB"]), default="-sB", show_default=True,
               help="Routes that a draft may have: small and big, or skip, too.")  # fmt: skip
 @click.option("--draft-vocabulary", "vocabulary", type=click.IntRange(1), metavar="N",
-              help="Draft the first N tokens of the vocabulary alone, which are the frequent ones.")  # fmt: skip
+              help="Draft the first N tokens of the vocabulary alone, in most the frequent ones.")  # fmt: skip
 @click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True,
               help="Acceptance at this temperature decides.")  # fmt: skip
 @click.option("--costs", type=click.Choice(["measured", "bytes"]), default="measured", show_default=True,

@@ -170,8 +170,9 @@ def _of_speculation(
     pattern = pattern_of(model, "--speculate", spec)
     shares = projected_speculation.read_acceptance(acceptance, spec)
     shapes = {f"{each}, {bits} bits": imagined(SHAPES[each], bits) for each in projected_speculation.large_shapes()}
-    for each in (model, *shapes.values()):
-        each.draft_from(min(vocabulary or each.args.vocab_size, each.args.vocab_size))
+    if vocabulary:
+        for each in (model, *shapes.values()):
+            each.draft_from(min(vocabulary, each.args.vocab_size))
     return {
         "projection": (*ASSUMPTIONS, *projected_speculation.ASSUMPTIONS),
         "speculation": {

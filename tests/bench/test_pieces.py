@@ -12,18 +12,6 @@ from duo_mlx.bench import pieces
 from duo_mlx.errors import DuoError
 
 
-@pytest.fixture
-def blas(monkeypatch):
-    """``blas(loaded)``: what OpenBLAS there is."""
-
-    def set_to(loaded):
-        monkeypatch.setattr(_blas, "preload", lambda: loaded)
-        products._pieces.cache_clear()
-
-    yield set_to
-    products._pieces.cache_clear()
-
-
 def test_whole_is_whole_and_no_longer_than_the_call(blas):
     blas(_blas.Loaded("libopenblas.so.0", "SkylakeX", 1))
     weight, x, cut = mx.zeros((4096, 64)), mx.zeros((1, 64)), []

@@ -176,7 +176,7 @@ def test_flops_are_those_of_each_token_in_each_layer(tiny_model, done, pair, cha
                     expected += table.by_route[layer, drafted[place, layer]]
                 if place == each.drafted or not alike:
                     expected += table.by_route[layer, verified[place, layer]]
-        of_draft = table.fixed * (model.args.draft_vocabulary or model.args.vocab_size) // model.args.vocab_size
+        of_draft = table.fixed * model.args.draft_vocabulary // model.args.vocab_size
         expected += (each.drafted + 1) * table.fixed + each.drafted * of_draft
     assert generator.record()["flops"] == expected
 

@@ -150,6 +150,19 @@ def test_speculation_is_projected_with_all_its_assumptions(model, monkeypatch):
     assert row["draft_bytes_share"] < expected[1]["draft_bytes_share"]
 
 
+def test_a_model_s_own_draft_vocabulary_stays(saved):
+    asked = ["--speculate", "small", "--acceptance", "0.9", "--chip", "M3 Max 400", "--model"]
+    directory = saved()[0]
+    arguments = {
+        "own": [saved(draft_vocabulary=8)[0]],
+        "given": [directory, "--draft-vocabulary", 8],
+        "all": [directory],
+    }
+    rows = {name: told(*asked, *more)["speculation"]["rows"][0] for name, more in arguments.items()}
+    shares = {name: row["draft_bytes_share"] for name, row in rows.items()}
+    assert shares["own"] == shares["given"] < shares["all"] and rows["own"]["on"] == rows["given"]["on"]
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
