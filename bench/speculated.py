@@ -36,26 +36,11 @@ from duo_mlx.bench.speculated_summary import PASSES, PEER, PLAIN, REPEATS, of_co
 from duo_mlx.bench.subject import Subject
 from duo_mlx.bench.system import system_record
 from duo_mlx.errors import DuoError
-from duo_mlx.generation import draft_spec, policy_of
+from duo_mlx.generation import pattern_of
 from duo_mlx.model import Model
 from duo_mlx.policies import FixedPolicy
 from duo_mlx.routes import Routes, format_pattern
 from duo_mlx.sampling import Sampling
-
-
-def pattern_of(model: Model, option: str, spec: str) -> Routes:
-    """The one pattern ``[layers]`` that an option's route SPEC means for all tokens.
-
-    Raises:
-        DuoError: it is none.
-    """
-    try:
-        policy = policy_of(model, spec if option == "--route" else draft_spec(model, spec))
-    except DuoError as error:
-        raise DuoError(f"{option} {spec}: {error}") from None
-    if not isinstance(policy, FixedPolicy):
-        raise DuoError(f"{option} {spec}: must be one pattern for all tokens, such as small, BBss or budget:K")
-    return model.args.realised(policy.pattern)
 
 
 def continuations(

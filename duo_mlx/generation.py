@@ -71,6 +71,21 @@ def draft_spec(model: Model, speculate: str) -> str:
     return model.args.default_draft if speculate == "default" else speculate
 
 
+def pattern_of(model: Model, option: str, spec: str) -> Routes:
+    """The one pattern ``[layers]`` that an option's route SPEC means for all tokens.
+
+    Raises:
+        DuoError: it is none.
+    """
+    try:
+        policy = policy_of(model, draft_spec(model, spec) if option in ("--draft", "--speculate") else spec)
+    except DuoError as error:
+        raise DuoError(f"{option} {spec}: {error}") from None
+    if not isinstance(policy, FixedPolicy):
+        raise DuoError(f"{option} {spec}: must be one pattern for all tokens, such as small, BBss or budget:K")
+    return model.args.realised(policy.pattern)
+
+
 def encode(tokenizer: TokenizerWrapper, prompt: str | list[int]) -> list[int]:
     """Token ids of a prompt; special tokens are added as mlx-lm does.
 

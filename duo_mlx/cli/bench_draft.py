@@ -2,16 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from duo_mlx.cli.columns import aligned
 from duo_mlx.cli.typed import typed
-
-if TYPE_CHECKING:
-    from duo_mlx.model import Model
-    from duo_mlx.routes import Routes
 
 LENGTH = 128  # tokens of a window of text
 SHOWN = 5  # patterns in the table, where fewer were measured
@@ -67,6 +63,7 @@ def command(text: Path | None, path: str | None, verify: str, vocabulary: int | 
     from duo_mlx.bench.record import check_output, write_output
     from duo_mlx.bench.system import system_record
     from duo_mlx.cli.progress import shown
+    from duo_mlx.generation import pattern_of
 
     if out:
         check_output(out, force)
@@ -76,7 +73,7 @@ def command(text: Path | None, path: str | None, verify: str, vocabulary: int | 
     model, tokenizer = checkpoint.load(directory, fuse=True)
     if vocabulary:
         model.draft_from(vocabulary)
-    pattern = _fixed(model, verify)
+    pattern = pattern_of(model, "--verify", verify)
     read = reading.read(text, "held_out")
     length = min(LENGTH, model.args.max_position_embeddings or LENGTH)
     windows = reading.windows(read, tokenizer, text_tokens, length)[:, :-1]
@@ -106,17 +103,6 @@ def _check_store(path: str | None, force: bool) -> None:
         raise click.UsageError(
             f"--store: {path} has the default_draft {config['default_draft']}; give --force to replace it"
         )
-
-
-def _fixed(model: "Model", spec: str) -> "Routes":
-    """The pattern ``[layers]`` that ``--verify`` names, as the model realises it."""
-    from duo_mlx.generation import policy_of
-    from duo_mlx.policies import FixedPolicy
-
-    policy = policy_of(model, spec)
-    if not isinstance(policy, FixedPolicy):
-        raise click.UsageError(f"--verify {spec}: drafts are sought for a fixed pattern, such as big or budget:12")
-    return model.args.realised(policy.pattern)
 
 
 def _table(found: dict[str, Any]) -> list[str]:

@@ -162,7 +162,7 @@ def _of_speculation(
     machines: "list[Machine]",
 ) -> dict[str, Any]:  # fmt: skip
     from duo_mlx.bench import projected_speculation
-    from duo_mlx.bench.speculated import pattern_of
+    from duo_mlx.generation import pattern_of
     from duo_mlx.projection import ASSUMPTIONS, SHAPES
     from duo_mlx.routes import format_pattern
     from duo_mlx.work import imagined

@@ -8,10 +8,10 @@ from click.core import ParameterSource
 from duo_mlx.cli import train_options
 
 if TYPE_CHECKING:
-    from duo_mlx.model import ModelArgs
     from duo_mlx.training.stage import Stage
 
 OBJECTIVES = ("lm", "draft")
+DRAFTING = ("route", "draft_vocabulary")  # options of that objective alone
 
 
 @click.command()
@@ -20,6 +20,9 @@ OBJECTIVES = ("lm", "draft")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="lm", show_default=True, help="See above.")
 @click.option("--route", metavar="PATTERN", default="small", show_default=True, help="Of drafts.")
+@click.option("--draft-vocabulary", type=click.IntRange(1), metavar="N",
+              help="Let drafts choose from the first N tokens of the vocabulary alone.  [default: as the model "
+                   "does]")  # fmt: skip
 @train_options.routing(p_big=0.5, p_small=0.5, p_skip=0.0)
 @train_options.training(tokens=1_000_000, batch=8, lr=2e-4, warmup=50, dropout=0.0)
 @click.pass_context
@@ -44,12 +47,14 @@ def command(context: click.Context, /, **options: Any) -> None:
     """
     train_options.check(options)
     draft = options["objective"] == "draft"
-    for name in train_options.ROUTING if draft else ("route",):
+    for name in train_options.ROUTING if draft else DRAFTING:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name.replace('_', '-')} does not go with --objective {options['objective']}")
     if not draft and not options["p_small"]:
         raise click.UsageError("--p-small 0: no token would come to a small FFN")
     from duo_mlx import checkpoint
+    from duo_mlx.errors import DuoError
+    from duo_mlx.model import ModelArgs
     from duo_mlx.routes import parse_pattern
     from duo_mlx.training.passes import Passes
     from duo_mlx.training.small import Draft, SmallLearns
@@ -57,12 +62,16 @@ def command(context: click.Context, /, **options: Any) -> None:
     passes = Passes(options["dropout"], options["checkpoint_layers"])
     how = train_options.random_routing(options) | {"passes": passes}
 
-    def stage(args: "ModelArgs") -> "Stage":
+    def stage(args: ModelArgs) -> "Stage":
         layers = args.num_hidden_layers
         if draft:
             return Draft(layers, **how, pattern=tuple(parse_pattern(options["route"], layers).tolist()))
         return SmallLearns(layers, **how)
 
     model = checkpoint.resolve(options["path"], options["revision"])
-    own = {"objective": options["objective"]} | ({"route": options["route"]} if draft else {})
-    train_options.run("small", options, stage, model, own)
+    vocabulary = options["draft_vocabulary"]
+    if vocabulary and vocabulary > (known := ModelArgs.from_dict(checkpoint.read_config(model)).vocab_size):
+        raise DuoError(f"--draft-vocabulary {vocabulary}: the model's vocabulary has {known} tokens")
+    config = {"draft_vocabulary": vocabulary} if vocabulary else {}
+    own = {"objective": options["objective"]} | ({"route": options["route"]} | config if draft else {})
+    train_options.run("small", options, stage, model, own, config=config)

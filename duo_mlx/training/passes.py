@@ -46,7 +46,13 @@ class Passes:
         return random.integers(1 << 32, size=(layers, BRANCHES, 2), dtype=np.uint32)
 
     def logits(
-        self, model: Model, tokens: mx.array, routes: Routes, keys: Keys, caches: Sequence[Any] | None = None
+        self,
+        model: Model,
+        tokens: mx.array,
+        routes: Routes,
+        keys: Keys,
+        caches: Sequence[Any] | None = None,
+        head: Callable[[mx.array], mx.array] | None = None,
     ) -> mx.array:
         """Logits ``[sequences, length, vocab]`` in float32.
 
@@ -56,6 +62,7 @@ class Passes:
             routes: ``[sequences, length, layers]``, or ``[layers]`` for all tokens.
             keys: of the dropout.
             caches: one a layer, which are not changed (`duo_mlx.beside`); None: there is nothing before the tokens.
+            head: gives the logits; None: the model's.
         """
         decoder, layers = model.model, model.layers
         caches = [None] * len(layers) if caches is None else list(caches)
@@ -67,7 +74,7 @@ class Passes:
             where = masks[layer.use_sliding], caches[number], rotate
             step = self._through(layer, *where, planned[number], mx.array(keys[:, number]))
             h = (nn.utils.checkpoint(layer, step) if self.recompute else step)(h)
-        return model.head(decoder.norm(h)).astype(mx.float32)
+        return (head or model.head)(decoder.norm(h)).astype(mx.float32)
 
     def mixture(
         self, model: Model, tokens: mx.array, choices: Sequence[int], weigh: Weigh

@@ -3,8 +3,10 @@
 Two objectives. ``lm``: the loss on the text under random routing, as in stage 1. ``draft``: what speculative decoding
 wants of a draft, the next-token distribution that all big has. A draft reads keys and values that all big wrote when
 it verified the text so far: each token of a text is a first draft after those before it (`duo_mlx.beside`). The loss is
-the mean Kullback-Leibler divergence from all big's distribution to the draft's. Texts are given, not generated
-("teacher forced"). What is left aside: a round's later drafts also read keys and values of drafts.
+the mean Kullback-Leibler divergence from all big's distribution to the draft's, both over the tokens that drafts choose
+from (``draft_vocabulary``). Texts are given, not generated ("teacher forced"); those that all big has written itself
+(`duo_mlx.continuing`) are what it will draft for. What is left aside: a round's later drafts also read keys and values
+of drafts.
 """
 
 from dataclasses import dataclass
@@ -50,7 +52,8 @@ class Draft(SmallLearns):
     def loss(self, model: Model, windows: mx.array, drawn: Drawn) -> mx.array:
         tokens = windows[:, :-1]
         big, caches = self._verified(model, tokens)
-        draft = self.passes.logits(model, tokens, np.array(self.pattern, np.uint8), drawn["keys"], caches)
+        pattern = np.array(self.pattern, np.uint8)
+        draft = self.passes.logits(model, tokens, pattern, drawn["keys"], caches, model.draft_head())
         return _divergence(big, draft).mean(axis=-1)
 
     def measure(self, model: Model, windows: mx.array, first: int) -> dict[str, mx.array]:
@@ -61,7 +64,7 @@ class Draft(SmallLearns):
         """
         tokens = windows[:, :-1]
         big, caches = self._verified(model, tokens)
-        draft = model(tokens, caches, routes=list(self.pattern)).astype(mx.float32)
+        draft = model(tokens, caches, routes=list(self.pattern))[..., : model.args.draft_vocabulary].astype(mx.float32)
         return super().measure(model, windows, first) | {
             "kl": _divergence(big, draft).mean(axis=-1),
             "accepted": Sampling(1.0).acceptance(draft, big).mean(axis=-1),
@@ -75,6 +78,7 @@ class Draft(SmallLearns):
 
 
 def _divergence(p: mx.array, q: mx.array) -> mx.array:
-    """KL(p || q) in nats of two distributions given by logits ``[..., vocab]``."""
+    """KL(p || q) in nats of two distributions over the tokens of q, given by logits ``[..., vocab]``."""
+    p = p[..., : q.shape[-1]]
     total_p, total_q = (mx.logsumexp(each, axis=-1) for each in (p, q))
     return (mx.exp(p - total_p[..., None]) * (p - q)).sum(axis=-1) - total_p + total_q

@@ -120,7 +120,7 @@ def test_speculate_default_of_a_model_without_one_is_one_line(model):
     ("arguments", "line"),
     [
         (("--verify", "router"), "this model has no router"),
-        (("--verify", "random"), "--verify random: drafts are sought for a fixed pattern"),
+        (("--verify", "random"), "--verify random: must be one pattern for all tokens"),
         (("--verify", "BB"), "route 'BB' has 2 characters"),
         (("--verify", "skip"), "no pattern reads fewer weights than --verify ----"),
         (("--choices", "B"), "Invalid value for '--choices'"),

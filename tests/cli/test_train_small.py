@@ -110,6 +110,11 @@ def test_mistakes_are_one_line(grafted, saved, text, tmp_path):
         (["--model", quantised], "quantised: is quantised; train the model in floating point and quantise the result"),
         (["--model", tmp_path / "absent"], "there is no such directory"),
         (["--model", grafted, "--route", "BBBs"], "--route does not go with --objective lm"),
+        (["--model", grafted, "--draft-vocabulary", 8], "--draft-vocabulary does not go with --objective lm"),
+        (
+            ["--model", grafted, "--objective", "draft", "--draft-vocabulary", 99],
+            "--draft-vocabulary 99: the model's vocabulary has 32 tokens",
+        ),
         (["--model", grafted, "--objective", "draft", "--p-big", "0.5"], "--p-big does not go with --objective draft"),
         (
             ["--model", grafted, "--objective", "draft", "--route", "BBB"],

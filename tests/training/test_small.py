@@ -52,11 +52,15 @@ def test_nothing_but_small_changes(trainer, stage):
 
 
 @pytest.mark.parametrize("passes", [Passes(), Passes(recompute=True)], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("config", [{}, {"skip_scope": "layer"}], ids=["ffn", "layer"])
+@pytest.mark.parametrize(
+    "config", [{}, {"skip_scope": "layer"}, {"draft_vocabulary": 9}], ids=["ffn", "layer", "vocabulary"]
+)
 def test_the_loss_is_the_divergence_of_drafts_after_each_prefix(trainer, passes, config):
     trained, _ = trainer(Draft(LAYERS, pattern=PATTERN, passes=passes), **config)
     windows, drawn = trained.batch(1)
-    expected = divergences(*distributions(trained.model, windows)).mean(-1)
+    known = trained.model.args.draft_vocabulary
+    big, draft = (log_softmax(each[..., :known]) for each in distributions(trained.model, windows))
+    expected = divergences(big, draft).mean(-1)
     found = np.array(trained.stage.loss(trained.model, mx.array(windows), drawn))
     assert found == pytest.approx(expected, abs=1e-5)
     assert min(expected) > 0.01
@@ -96,6 +100,18 @@ def test_validation_finds_divergence_and_acceptance(trainer):
     same = Draft(LAYERS, pattern=(2,) * LAYERS).measure(trained.model, mx.array(windows[:1]), 4)
     assert float(same["accepted"][0]) == pytest.approx(1, abs=1e-5)
     assert float(same["kl"][0]) == pytest.approx(0, abs=1e-5)
+
+
+def test_validation_knows_the_tokens_that_drafts_choose_from(trainer):
+    """None of the others is drafted, so all of their probability is never accepted."""
+    trained, _ = trainer(DRAFT, draft_vocabulary=9)
+    windows = np.stack([trained.data.held_out[at : at + 13] for at in trained.starts])
+    found = DRAFT.measure(trained.model, mx.array(windows), 0)
+    big, draft = distributions(trained.model, windows)
+    known = log_softmax(big[..., :9]), log_softmax(draft[..., :9])
+    np.testing.assert_allclose(found["kl"], divergences(*known).mean(-1), atol=1e-5)
+    overlap = np.minimum(np.exp(big[..., :9]), np.exp(known[1])).sum(-1)
+    np.testing.assert_allclose(found["accepted"], overlap.mean(-1), atol=1e-5)
 
 
 def test_distilling_brings_the_draft_closer(trainer, settings):
