@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from duo_mlx.training.stage import Stage
 
 OBJECTIVES = ("lm", "draft")
-DRAFTING = ("route", "draft_vocabulary")  # options of that objective alone
+DRAFTING = ("route", "greedy", "draft_vocabulary")  # options of that objective alone
 
 
 @click.command()
@@ -20,6 +20,8 @@ DRAFTING = ("route", "draft_vocabulary")  # options of that objective alone
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="lm", show_default=True, help="See above.")
 @click.option("--route", metavar="PATTERN", default="small", show_default=True, help="Of drafts.")
+@click.option("--greedy", is_flag=True,
+              help="Drafts learn the likeliest token, not the distribution: for text without --temp.")  # fmt: skip
 @click.option("--draft-vocabulary", type=click.IntRange(1), metavar="N",
               help="Let drafts choose from the first N tokens of the vocabulary alone.  [default: as the model "
                    "does]")  # fmt: skip
@@ -36,8 +38,8 @@ def command(context: click.Context, /, **options: Any) -> None:
       lm     the loss on the text under random routing, as in train routes
       draft  for speculative decoding: what all big says next, learnt by the
              tokens of --route that follow a text which took big. kl is how far
-             they are from it in nats, accepted the share of drafted tokens
-             that all big would take
+             they are from it in nats, accepted and greedy are the shares of
+             drafted tokens that all big would take, sampled and likeliest
     \b
     Examples:
       duo-mlx train small novels/*.txt --model smollm2-duo --out better
@@ -65,7 +67,8 @@ def command(context: click.Context, /, **options: Any) -> None:
     def stage(args: ModelArgs) -> "Stage":
         layers = args.num_hidden_layers
         if draft:
-            return Draft(layers, **how, pattern=tuple(parse_pattern(options["route"], layers).tolist()))
+            pattern = tuple(parse_pattern(options["route"], layers).tolist())
+            return Draft(layers, **how, pattern=pattern, greedy=options["greedy"])
         return SmallLearns(layers, **how)
 
     model = checkpoint.resolve(options["path"], options["revision"])
@@ -73,5 +76,6 @@ def command(context: click.Context, /, **options: Any) -> None:
     if vocabulary and vocabulary > (known := ModelArgs.from_dict(checkpoint.read_config(model)).vocab_size):
         raise DuoError(f"--draft-vocabulary {vocabulary}: the model's vocabulary has {known} tokens")
     config = {"draft_vocabulary": vocabulary} if vocabulary else {}
-    own = {"objective": options["objective"]} | ({"route": options["route"]} | config if draft else {})
+    drafting = {"route": options["route"], "greedy": options["greedy"]} | config
+    own = {"objective": options["objective"]} | (drafting if draft else {})
     train_options.run("small", options, stage, model, own, config=config)

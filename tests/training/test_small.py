@@ -66,6 +66,17 @@ def test_the_loss_is_the_divergence_of_drafts_after_each_prefix(trainer, passes,
     assert min(expected) > 0.01
 
 
+@pytest.mark.parametrize("config", [{}, {"draft_vocabulary": 9}], ids=["whole", "vocabulary"])
+def test_a_greedy_draft_s_loss_is_of_the_likeliest_tokens(trainer, config):
+    trained, _ = trainer(Draft(LAYERS, pattern=PATTERN, greedy=True), **config)
+    windows, drawn = trained.batch(1)
+    known = trained.model.args.draft_vocabulary
+    big, draft = (log_softmax(each[..., :known]) for each in distributions(trained.model, windows))
+    expected = -np.take_along_axis(draft, big.argmax(-1)[..., None], axis=-1)[..., 0].mean(-1)
+    found = np.array(trained.stage.loss(trained.model, mx.array(windows), drawn))
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
 def test_gradients_are_of_the_draft_alone(trainer):
     """All big is what is learnt from: nothing flows through it; against differences."""
     trained, _ = trainer(DRAFT)
@@ -91,12 +102,13 @@ def test_validation_finds_divergence_and_acceptance(trainer):
     """The probability of acceptance is the overlap of both distributions."""
     trained, state = trainer(DRAFT)
     found = trained.validate(state.moments.learned, trained.starts)
-    assert list(found) == ["big", "random", "small", "skip", "kl", "accepted"] == list(DRAFT.columns)
+    assert list(found) == ["big", "random", "small", "skip", "kl", "accepted", "greedy"] == list(DRAFT.columns)
     trained.validate(state.moments.learned, trained.starts[:1])
     windows = np.stack([trained.data.held_out[at : at + 13] for at in trained.starts])
     big, draft = distributions(trained.model, windows)
     assert found["kl"] == pytest.approx(divergences(big, draft).mean(), abs=1e-5)
     assert found["accepted"] == pytest.approx(np.minimum(np.exp(big), np.exp(draft)).sum(-1).mean(), abs=1e-5)
+    assert found["greedy"] == pytest.approx((big.argmax(-1) == draft.argmax(-1)).mean(), abs=1e-6)
     same = Draft(LAYERS, pattern=(2,) * LAYERS).measure(trained.model, mx.array(windows[:1]), 4)
     assert float(same["accepted"][0]) == pytest.approx(1, abs=1e-5)
     assert float(same["kl"][0]) == pytest.approx(0, abs=1e-5)
@@ -110,6 +122,7 @@ def test_validation_knows_the_tokens_that_drafts_choose_from(trainer):
     big, draft = distributions(trained.model, windows)
     known = log_softmax(big[..., :9]), log_softmax(draft[..., :9])
     np.testing.assert_allclose(found["kl"], divergences(*known).mean(-1), atol=1e-5)
+    np.testing.assert_allclose(found["greedy"], (big.argmax(-1) == known[1].argmax(-1)).mean(-1), atol=1e-6)
     overlap = np.minimum(np.exp(big[..., :9]), np.exp(known[1])).sum(-1)
     np.testing.assert_allclose(found["accepted"], overlap.mean(-1), atol=1e-5)
 
