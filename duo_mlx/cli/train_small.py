@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from duo_mlx.training.stage import Stage
 
 OBJECTIVES = ("lm", "draft")
-DRAFTING = ("route", "greedy", "draft_vocabulary")  # options of that objective alone
+DRAFTING = ("route", "draft_vocabulary")  # options of that objective alone
 
 
 @click.command()
@@ -20,8 +20,6 @@ DRAFTING = ("route", "greedy", "draft_vocabulary")  # options of that objective 
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="lm", show_default=True, help="See above.")
 @click.option("--route", metavar="PATTERN", default="small", show_default=True, help="Of drafts.")
-@click.option("--greedy", is_flag=True,
-              help="Drafts learn the likeliest token, not the distribution: for text without --temp.")  # fmt: skip
 @click.option("--draft-vocabulary", type=click.IntRange(1), metavar="N",
               help="Let drafts choose from the first N tokens of the vocabulary alone.  [default: as the model "
                    "does]")  # fmt: skip
@@ -67,8 +65,7 @@ def command(context: click.Context, /, **options: Any) -> None:
     def stage(args: ModelArgs) -> "Stage":
         layers = args.num_hidden_layers
         if draft:
-            pattern = tuple(parse_pattern(options["route"], layers).tolist())
-            return Draft(layers, **how, pattern=pattern, greedy=options["greedy"])
+            return Draft(layers, **how, pattern=tuple(parse_pattern(options["route"], layers).tolist()))
         return SmallLearns(layers, **how)
 
     model = checkpoint.resolve(options["path"], options["revision"])
@@ -76,6 +73,5 @@ def command(context: click.Context, /, **options: Any) -> None:
     if vocabulary and vocabulary > (known := ModelArgs.from_dict(checkpoint.read_config(model)).vocab_size):
         raise DuoError(f"--draft-vocabulary {vocabulary}: the model's vocabulary has {known} tokens")
     config = {"draft_vocabulary": vocabulary} if vocabulary else {}
-    drafting = {"route": options["route"], "greedy": options["greedy"]} | config
-    own = {"objective": options["objective"]} | (drafting if draft else {})
+    own = {"objective": options["objective"]} | ({"route": options["route"]} | config if draft else {})
     train_options.run("small", options, stage, model, own, config=config)

@@ -3,8 +3,8 @@
 Two objectives. ``lm``: the loss on the text under random routing, as in stage 1. ``draft``: what speculative decoding
 wants of a draft, the next-token distribution that all big has. A draft reads keys and values that all big wrote when
 it verified the text so far: each token of a text is a first draft after those before it (`duo_mlx.beside`). The loss is
-the mean Kullback-Leibler divergence from all big's distribution to the draft's; or, where drafts will be greedy, the
-cross-entropy of all big's likeliest token. Both are over the tokens that drafts choose from (``draft_vocabulary``).
+the mean Kullback-Leibler divergence from all big's distribution to the draft's, both over the tokens that drafts choose
+from (``draft_vocabulary``).
 
 Texts are given, not generated ("teacher forced"); those that all big has written itself (`duo_mlx.training.continued`)
 are what it will draft for. What is left aside: a round's later drafts also read keys and values of drafts.
@@ -20,7 +20,6 @@ from duo_mlx import beside
 from duo_mlx.model import Model
 from duo_mlx.routes import Route
 from duo_mlx.sampling import Sampling
-from duo_mlx.training.passes import cross_entropy
 from duo_mlx.training.routing import UNIFORM, RandomRouting
 from duo_mlx.training.stage import Drawn
 
@@ -39,11 +38,9 @@ class Draft(SmallLearns):
 
     Args:
         pattern: the draft's routes, one a layer.
-        greedy: learn all big's likeliest tokens in place of its distribution.
     """
 
     pattern: tuple[int, ...] = ()
-    greedy: bool = False
 
     columns: ClassVar[tuple[str, ...]] = (*UNIFORM, "kl", "accepted", "greedy")
 
@@ -58,8 +55,6 @@ class Draft(SmallLearns):
         big, caches = self._verified(model, tokens)
         pattern = np.array(self.pattern, np.uint8)
         draft = self.passes.logits(model, tokens, pattern, drawn["keys"], caches, model.draft_head())
-        if self.greedy:
-            return cross_entropy(draft, big[..., : draft.shape[-1]].argmax(axis=-1))
         return _divergence(big, draft).mean(axis=-1)
 
     def measure(self, model: Model, windows: mx.array, first: int) -> dict[str, mx.array]:

@@ -66,17 +66,6 @@ def test_the_loss_is_the_divergence_of_drafts_after_each_prefix(trainer, passes,
     assert min(expected) > 0.01
 
 
-@pytest.mark.parametrize("config", [{}, {"draft_vocabulary": 9}], ids=["whole", "vocabulary"])
-def test_a_greedy_draft_s_loss_is_of_the_likeliest_tokens(trainer, config):
-    trained, _ = trainer(Draft(LAYERS, pattern=PATTERN, greedy=True), **config)
-    windows, drawn = trained.batch(1)
-    known = trained.model.args.draft_vocabulary
-    big, draft = (log_softmax(each[..., :known]) for each in distributions(trained.model, windows))
-    expected = -np.take_along_axis(draft, big.argmax(-1)[..., None], axis=-1)[..., 0].mean(-1)
-    found = np.array(trained.stage.loss(trained.model, mx.array(windows), drawn))
-    assert found == pytest.approx(expected, abs=1e-5)
-
-
 def test_gradients_are_of_the_draft_alone(trainer):
     """All big is what is learnt from: nothing flows through it; against differences."""
     trained, _ = trainer(DRAFT)
