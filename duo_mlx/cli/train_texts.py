@@ -2,7 +2,6 @@
 
 import json
 import sys
-from itertools import count as counted
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -85,7 +84,7 @@ def command(files: tuple[Path, ...], path: str | None, revision: str | None, out
         with new.open("w", encoding="utf-8") as file:
             try:
                 texts = continued(model, prompts, max_tokens, pattern, Sampling(temp, top_p), ends, batch)
-                for done, ids in zip(counted(1), texts, strict=False):
+                for done, ids in enumerate(texts, 1):
                     file.write(json.dumps({"text": tokenizer.decode(ids)}, ensure_ascii=False) + "\n")
                     progress("windows", done, count)
             except KeyboardInterrupt:
