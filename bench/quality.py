@@ -17,6 +17,7 @@ from duo_mlx.model import Model
 from duo_mlx.policies import FixedPolicy
 from duo_mlx.routed import RoutedModel, Source
 from duo_mlx.routes import Route, format_pattern
+from duo_mlx.sampling import normalised
 
 
 def log_probabilities(
@@ -34,7 +35,7 @@ def log_probabilities(
     start = 0 if getattr(policy, "length", None) is not None else number * tokens
     routed = RoutedModel(model, policy, start=start)
     logits = routed(mx.array(window[None, :-1]))[0].astype(mx.float32)
-    found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    found = normalised(logits)
     mx.eval(found)
     return found, routed.taken(start, start + tokens)[0]
 

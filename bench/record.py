@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duo_mlx.errors import DuoError
-from duo_mlx.files import output_file
+from duo_mlx.files import output_file, refuse_output
 
 HELD_OUT = 0.05  # share at the end of a text that nothing is fitted to
 LENGTH = 512  # tokens of a held-out window
@@ -22,12 +22,7 @@ LENGTH = 512  # tokens of a held-out window
 
 def check_output(path: Path, force: bool) -> None:
     """Refuse a file that cannot be written as asked, before anything is measured."""
-    if path.suffix not in (".json", ".csv"):
-        raise DuoError(f"--out {path}: the name must end in .json (everything) or .csv (the raw runs)")
-    if not path.parent.is_dir():
-        raise DuoError(f"--out {path}: there is no directory {path.parent}")
-    if path.exists() and not force:
-        raise DuoError(f"--out {path} exists already; give --force to replace it, or another name")
+    refuse_output(path, force, {".json": "everything", ".csv": "the raw runs"})
 
 
 def write_output(path: Path, record: dict[str, Any], column: str = "pass") -> None:

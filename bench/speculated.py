@@ -148,7 +148,7 @@ def command(
     if vocabulary:
         model.draft_from(vocabulary)
     verify = pattern_of(model, "--route", route)
-    patterns = {spec: pattern_of(model, "--draft", spec) for spec in drafts}
+    patterns = {spec: pattern_of(model, "--draft", spec, drafts=True) for spec in drafts}
     for spec, draft in patterns.items():
         for number in numbers:
             check(model, verify, draft, spec, number)

@@ -42,6 +42,26 @@ def refuse_existing(path: Path, force: bool = False) -> None:
         raise DuoError(f"{path} is no model directory, so --force does not replace it; give another name")
 
 
+def refuse_output(out: Path, force: bool, suffixes: dict[str, str]) -> None:
+    """Refuse a file for ``--out``, before the work whose result it will hold.
+
+    Args:
+        out: the file.
+        force: it may be replaced.
+        suffixes: that its name may have, and what for.
+
+    Raises:
+        DuoError: its name ends otherwise, its folder is not there, or it exists and ``force`` is not given.
+    """
+    if out.suffix not in suffixes:
+        known = " or ".join(f"{suffix} ({what})" for suffix, what in suffixes.items())
+        raise DuoError(f"--out {out}: the name must end in {known}")
+    if not out.parent.is_dir():
+        raise DuoError(f"--out {out}: there is no directory {out.parent}")
+    if out.exists() and not force:
+        raise DuoError(f"--out {out} exists already; give --force to replace it, or another name")
+
+
 def refuse_foreign(out: Path, force: bool, own: Callable[[str], bool], whose: str) -> None:
     """Refuse a folder for ``--out`` that exists, unless it may be replaced and holds nothing but what is its own.
 

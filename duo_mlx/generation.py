@@ -71,14 +71,16 @@ def draft_spec(model: Model, speculate: str) -> str:
     return model.args.default_draft if speculate == "default" else speculate
 
 
-def pattern_of(model: Model, option: str, spec: str) -> Routes:
-    """The one pattern ``[layers]`` that an option's route SPEC means for all tokens.
+def pattern_of(model: Model, option: str, spec: str, drafts: bool = False) -> Routes:
+    """The one pattern ``[layers]`` that an option's route SPEC means for all tokens, as the model realises it.
+
+    ``drafts``: it is a draft's, and ``default`` the model's ``default_draft``.
 
     Raises:
         DuoError: it is none.
     """
     try:
-        policy = policy_of(model, draft_spec(model, spec) if option in ("--draft", "--speculate") else spec)
+        policy = policy_of(model, draft_spec(model, spec) if drafts else spec)
     except DuoError as error:
         raise DuoError(f"{option} {spec}: {error}") from None
     if not isinstance(policy, FixedPolicy):

@@ -14,7 +14,7 @@ from duo_mlx.lookahead import LookAhead
 from duo_mlx.model import Model
 from duo_mlx.policies import Policy
 from duo_mlx.routes import Routes
-from duo_mlx.sampling import Sampling, widened
+from duo_mlx.sampling import Sampling, normalised, widened
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # of tokens [length] and logits [1, vocab], as mlx-lm's
 
@@ -235,11 +235,11 @@ class Rounds:
             rows = mx.concatenate(
                 [self._processed(seen[: first + row], rows[row : row + 1]) for row in range(len(rows))]
             )
-        return _normalised(rows) if self._sampling.temp else rows
+        return normalised(rows) if self._sampling.temp else rows
 
     def _logprobs(self, scores: mx.array) -> mx.array:
         """Log-probabilities of `_scores`, computed when somebody asks for them."""
-        return scores if self._sampling.temp else _normalised(scores)
+        return scores if self._sampling.temp else normalised(scores)
 
     def _processed(self, seen: mx.array, logits: mx.array) -> mx.array:
         for processor in self._processors:
@@ -260,10 +260,6 @@ class Rounds:
         steps, context = drafting[:, None], start + 1 + len(drafting) // 2  # in the middle of the round
         weights = sum(map(self._draft_bytes, steps)) + self._weight_bytes(rest)
         return weights, sum(self._cache_bytes(routes, context) for routes in (*steps, rest))
-
-
-def _normalised(logits: mx.array) -> mx.array:
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def patterns(model: Model, policy: Policy, start: int, stop: int) -> Routes:

@@ -107,6 +107,11 @@ class Sampling:
         return logprobs * (1 / self.temp)
 
 
+def normalised(logits: mx.array) -> mx.array:
+    """Log-probabilities ``[..., vocab]`` of logits."""
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
 def widened(values: mx.array, width: int, value: float) -> mx.array:
     """``values [rows, ...]`` as ``[rows, width]``, with ``value`` for what they lack at the end."""
     missing = width - values.shape[-1]

@@ -32,7 +32,7 @@ COMMANDS = {
     "train router": "Train a router, beside everything else as it is (stage 3)",
     "train routes": "Train a model with random routing (stage 1): a new one, or go on with one that is there",
     "train small": "Train the small FFNs of a grafted model, beside everything else as it is",
-    "train texts": "Let a model go on with windows of TEXT: what its drafts learn from best",
+    "train texts": "Let a model go on with windows of TEXT, for its drafts to learn from",
     "generate": "Generate text after PROMPT, or after standard input where PROMPT is - or left out",
 }
 

@@ -167,7 +167,7 @@ def _of_speculation(
     from duo_mlx.routes import format_pattern
     from duo_mlx.work import imagined
 
-    pattern = pattern_of(model, "--speculate", spec)
+    pattern = pattern_of(model, "--speculate", spec, drafts=True)
     shares = projected_speculation.read_acceptance(acceptance, spec)
     shapes = {f"{each}, {bits} bits": imagined(SHAPES[each], bits) for each in projected_speculation.large_shapes()}
     if vocabulary:

@@ -31,15 +31,21 @@ RECIPE = (
 
 
 def texts(function: Function) -> Function:
-    """The texts, and where the result goes."""
+    """The texts, and how they are divided."""
     return _all(
         click.argument("files", metavar="TEXT...", nargs=-1, required=True, type=click.Path(path_type=Path)),
-        click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the run."),
-        click.option("--resume", is_flag=True, help="Go on from the checkpoint in DIR."),
         click.option("--text-key", default="text", show_default=True, metavar="KEY", help="Of documents in JSONL."),
         click.option("--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05,
                      show_default=True, metavar="SHARE", help="At the end of every text, for validation."),
     )(function)  # fmt: skip
+
+
+def folder(function: Function) -> Function:
+    """Where the result of a run goes."""
+    return _all(
+        click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the run."),
+        click.option("--resume", is_flag=True, help="Go on from the checkpoint in DIR."),
+    )(function)
 
 
 def routing(p_big: float, p_small: float, p_skip: float) -> Decorator:
@@ -124,7 +130,7 @@ def run(
 
     Args:
         method: its name.
-        options: of `texts`, `routing` and `training`, by their parameters' names.
+        options: of `texts`, `folder`, `routing` and `training`, by their parameters' names.
         stage: makes the stage for a model.
         model: a model directory, if there is one.
         own: what else the result depends on.

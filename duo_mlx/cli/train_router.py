@@ -24,6 +24,7 @@ CHOICES = ("sB", "-B", "-sB")
 
 
 @click.command()
+@train_options.folder
 @train_options.texts
 @click.option("--model", "path", metavar="DIR|HUB_ID", help="A Duo model.  [default: the embedded model]")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")

@@ -17,6 +17,7 @@ SIZES = ("layers", "hidden", "heads", "kv_heads", "big", "small", "skip_scope")
 
 
 @click.command()
+@train_options.folder
 @train_options.texts
 @click.option("--model", "path", metavar="DIR|HUB_ID", help="Go on training this model.  [default: make a new one]")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")

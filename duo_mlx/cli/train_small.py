@@ -15,6 +15,7 @@ DRAFTING = ("route", "draft_vocabulary")  # options of that objective alone
 
 
 @click.command()
+@train_options.folder
 @train_options.texts
 @click.option("--model", "path", metavar="DIR|HUB_ID", required=True, help="A grafted model.")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")

@@ -7,19 +7,17 @@ from tempfile import TemporaryDirectory
 
 import click
 
-COUNT = click.IntRange(1)
+from duo_mlx.cli import train_options
+from duo_mlx.cli.train_options import COUNT
 
 
 @click.command()
-@click.argument("files", metavar="TEXT...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@train_options.texts
 @click.option("--model", "path", metavar="DIR|HUB_ID", help="Model that writes.  [default: the embedded model]")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE.jsonl",
               help="One document a window: the window, and what the model said.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an existing --out.")
-@click.option("--text-key", default="text", show_default=True, metavar="KEY", help="Of documents in JSONL.")
-@click.option("--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05,
-              show_default=True, metavar="SHARE", help="At the end of every text, left alone.")  # fmt: skip
 @click.option("--count", type=COUNT, default=1024, show_default=True, help="Windows.")
 @click.option("--prompt-tokens", type=COUNT, default=32, show_default=True, help="Of a window.")
 @click.option("--max-tokens", type=COUNT, default=64, show_default=True, help="That are said after it.")
@@ -31,7 +29,7 @@ COUNT = click.IntRange(1)
 def command(files: tuple[Path, ...], path: str | None, revision: str | None, out: Path, force: bool, text_key: str,
             held_out: float, count: int, prompt_tokens: int, max_tokens: int, route: str, temp: float, top_p: float,
             batch: int, seed: int) -> None:  # fmt: skip
-    """Let a model go on with windows of TEXT: what its drafts learn from best.
+    """Let a model go on with windows of TEXT, for its drafts to learn from.
 
     Windows are taken at random from what train small would learn from. What the model says after them is what it asks
     its drafts for when it generates, at the temperature at which it will.
@@ -43,19 +41,15 @@ def command(files: tuple[Path, ...], path: str | None, revision: str | None, out
 
     Ctrl-C ends with what was said.
     """
-    if out.suffix != ".jsonl":
-        raise click.UsageError(f"--out {out}: the name must end in .jsonl, by which train small knows documents")
-    if not out.parent.is_dir():
-        raise click.UsageError(f"--out {out}: there is no directory {out.parent}")
-    if out.exists() and not force:
-        raise click.UsageError(f"--out {out} exists already; give --force to replace it, or another name")
+    from duo_mlx.files import output_file, refuse_output, writing
+
+    refuse_output(out, force, {".jsonl": "documents to train on"})
 
     import mlx.core as mx
 
     from duo_mlx import checkpoint
     from duo_mlx.cli.progress import shown
     from duo_mlx.errors import DuoError
-    from duo_mlx.files import output_file, writing
     from duo_mlx.generation import pattern_of
     from duo_mlx.sampling import Sampling
     from duo_mlx.training import data

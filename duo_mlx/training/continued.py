@@ -1,7 +1,7 @@
 """Texts that a model writes itself, for its drafts to learn from.
 
-In use drafts are asked what the model says next in its own text, which no book holds: what is distilled on such texts
-is accepted more often (DistillSpec, arXiv 2310.08461).
+In use drafts are asked what the model says next in its own text, which no book holds. DistillSpec (arXiv 2310.08461)
+finds that what is distilled on such texts is accepted more often.
 """
 
 from collections.abc import Collection, Iterator
@@ -11,7 +11,7 @@ import numpy as np
 
 from duo_mlx.model import Model
 from duo_mlx.routes import Routes
-from duo_mlx.sampling import Sampling
+from duo_mlx.sampling import Sampling, normalised
 from duo_mlx.training.tokens import Ids
 
 
@@ -50,7 +50,7 @@ def continued(
         last, said = read[:, -1:], []
         for _ in range(tokens):
             logits = model(last, cache, routes=routes)[:, 0].astype(mx.float32)
-            last = sampling(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[:, None]
+            last = sampling(normalised(logits) if sampling.temp else logits)[:, None]
             mx.async_eval(last)
             said.append(last)
         for prompt, row in zip(given.tolist(), np.array(mx.concatenate(said, axis=1)).tolist(), strict=True):
