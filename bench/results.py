@@ -67,5 +67,5 @@ def check(record: Any, name: str) -> None:
 
     error = best_match(_validator().iter_errors(record))
     if error:
-        place = ".".join(map(str, error.absolute_path)) or "the top"
-        raise DuoError(f"{name}: is damaged at {place}: {' '.join(error.message.split())[:200]}")
+        place, message = (" ".join(each.split()) for each in (".".join(map(str, error.absolute_path)), error.message))
+        raise DuoError(f"{name}: is damaged at {place or 'the top'}: {message[:200]}")

@@ -101,6 +101,13 @@ def test_damage_is_named_by_its_place(folder, made_result, place):
     assert f"is damaged at {place}" in refused(folder)
 
 
+def test_a_place_with_line_breaks_is_one_line(folder, made_result):
+    record = made_result()
+    record["cells"][0]["runs"][0]["prefill_energy"]["joules"] = {"a\nb": False}
+    (folder / results.FILE).write_text(json.dumps(record))
+    assert "\n" not in refused(folder)
+
+
 def places(value, path=()):
     """The paths to everything in a record."""
     yield path
