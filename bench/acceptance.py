@@ -48,9 +48,8 @@ class Acceptance:
         return np.stack(found, axis=1)
 
     def _pass(self, row: mx.array, pattern: Routes, caches: list[Any]) -> mx.array:
-        decoder = self._model.model
         routes = conditional.plan(pattern, 1, row.shape[1], len(self._model.layers), STRATEGY)
-        out = decoder(decoder.embed_tokens(row), caches, list(routes), STRATEGY)
+        out = self._model.states(row, caches, list(routes), STRATEGY)
         mx.eval(out, [cache.state for cache in caches if isinstance(cache, KVCache)])
         return out
 

@@ -21,9 +21,9 @@ from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.peer import (
     PATTERNS,
     Decoder,
+    base_twin,
     check_context,
     decoders,
-    llama_twin,
     open_model,
     pattern,
     spread,
@@ -49,7 +49,7 @@ def parse_contexts(_context: click.Context, _parameter: click.Parameter, text: s
 
 def cases(model: Model, contexts: list[int], seed: int) -> dict[str, Decoder]:
     """Decoders by ``NAME at POSITIONS``."""
-    twin = llama_twin(model)
+    twin = base_twin(model)
     return {
         f"{name} at {context}": decoder
         for context in contexts
@@ -143,7 +143,7 @@ def command(
             f"python -m duo_mlx.bench.context {of} {arguments} --seed {seed} --clock {clock}",
             before,
             timings.runs,
-            shape=vars(model.args),
+            shape=vars(model.config),
             steps_a_run=tokens + 1,
             summary=result,
         )

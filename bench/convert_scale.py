@@ -30,7 +30,7 @@ from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.system import system_record
 from duo_mlx.convert.plan import expected_shapes
 from duo_mlx.errors import DuoError
-from duo_mlx.model import ModelArgs
+from duo_mlx.model import Config
 
 WIDTHS = (2048, 1024, 512, 256)  # of the model; the widest that gives LAYERS is taken
 LAYERS = 8
@@ -71,7 +71,7 @@ def shape(size: int) -> dict[str, Any]:
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return expected_shapes(ModelArgs.from_dict(config))
+    return expected_shapes(Config.from_dict(config))
 
 
 def make(directory: Path, config: dict[str, Any], dtype: str, shard: int, seed: int) -> int:

@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 from duo_mlx import checkpoint
 from duo_mlx.bench.oracle import first_layers
 from duo_mlx.bench.peer import filled_cache, whole_products
+from duo_mlx.cpu.llama import Attention
 from duo_mlx.errors import DuoError
-from duo_mlx.llama_parts import Attention
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.model import Config, Model
 from duo_mlx.processes import Processes
 from duo_mlx.routes import Route, Routes
 from duo_mlx.study import oracle, search
@@ -60,7 +60,7 @@ TIME_LIMIT = 600  # seconds of a process
 def model_of(config: dict[str, Any]) -> Model:
     """A model of these sizes with random weights."""
     mx.random.seed(0)
-    model = Model(ModelArgs.from_dict(config))
+    model = Model(Config.from_dict(config))
     mx.eval(model.parameters())
     return model
 
@@ -95,7 +95,7 @@ def decoding(model: Model, pattern: Routes, context: int) -> tuple[int, int, int
     weights = checkpoint.parameters(model)
     logits = model(token, cache=cache, routes=pattern)
     read = set(re.findall(r'"([\w.]+\.weight)" ->', drawn_graph([logits], **weights)))
-    row = model.model.embed_tokens(token).nbytes  # beside the head, which is the same table
+    row = model.embedding(token).nbytes  # beside the head, which is the same table
     mx.eval(logits)
     held = sum(2 * layer.keys[..., : layer.offset, :].nbytes for layer in cache)  # values are as large as keys
     return sum(weights[name].nbytes for name in read) + row, flops, held
@@ -147,7 +147,7 @@ def trainer_of(
     weights = checkpoint.parameters(model)
     learned = {name: each for name, each in weights.items() if stage.learns(name)}
     learn(model, set(learned))
-    ids = np.random.default_rng(0).integers(0, model.args.vocab_size, 8 * length + 8).astype(np.int32)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 8 * length + 8).astype(np.int32)
     data = Data(ids, ids, [len(ids)], None)
     settings = Settings(Schedule(10, 1e-3, 0.1, 1), sequences, length, 0.1, 1.0, 0, 1, 1)
     processes = Processes()
@@ -297,7 +297,7 @@ def searching(model: Model, layers: int, choices: tuple[Route, ...], tokens: int
 
 
 def _text(model: Model, tokens: int, choices: tuple[Route, ...], rows: int) -> Walk:
-    ids = np.random.default_rng(0).integers(0, model.args.vocab_size, tokens + 1)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, tokens + 1)
     return Text(model, ids[:-1], ids[1:], layer_options(model, choices), rows)
 
 
@@ -318,7 +318,7 @@ def evaluations(model: Model, tokens: int) -> Iterator[Work]:
     kinds = {id(model): "head"}
     for layer in model.layers:
         kinds |= {id(layer.self_attn): "attention"}
-        kinds |= {id(module.down_proj): "ffn" for module in (layer.mlp.big, layer.mlp.small)}
+    kinds |= {id(module.down_proj): "ffn" for ffn in model.ffns for module in (ffn.big, ffn.small)}
     work = Work()
 
     def counted(function: Callable[..., mx.array]) -> Callable[..., mx.array]:

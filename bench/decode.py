@@ -29,10 +29,10 @@ from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.peer import (
     PATTERNS,
     Decoder,
+    base_twin,
     check_context,
     decoders,
     filled_cache,
-    llama_twin,
     open_model,
     pattern,
     routed,
@@ -60,7 +60,7 @@ def routes_taken(model: Model, context: int, tokens: int, strategy: str, seed: i
     """
     recording = RoutedModel(model, model.router(), strategy, start=context)
     Decoder(lambda: recording, filled_cache(model, context, seed), context)(tokens)
-    taken = np.full((context + tokens + 1, model.args.num_hidden_layers), Route.BIG, np.uint8)
+    taken = np.full((context + tokens + 1, model.config.num_hidden_layers), Route.BIG, np.uint8)
     for position in range(context, len(taken)):
         taken[position] = recording.later(position)()
     return taken
@@ -68,7 +68,7 @@ def routes_taken(model: Model, context: int, tokens: int, strategy: str, seed: i
 
 def prefills(model: Model, twin: Any, tokens: int, seed: int) -> dict[str, Callable[[], None]]:
     """What prefills a prompt, by name; keys and values are evaluated, logits are not."""
-    prompt = mx.array(np.random.default_rng(seed).integers(0, model.args.vocab_size, (1, tokens)))
+    prompt = mx.array(np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, tokens)))
     big = pattern(model, Route.BIG)
 
     def prefill(call: Callable[..., mx.array]) -> Callable[[], None]:
@@ -164,7 +164,7 @@ def command(
         check_output(out, force)
     model = open_model(directory, layers, seed)
     check_context(model, context + tokens + 1)
-    twin = llama_twin(model) if against == "mlx-lm" else None
+    twin = base_twin(model) if against == "mlx-lm" else None
     cases = decoders(model, twin, context, seed)
     if twin is not None:
         cases["mlx-lm again"] = Decoder(lambda: twin, cases["mlx-lm"].cache, context)
@@ -172,7 +172,7 @@ def command(
     touched = {name: step_bytes(model, pattern(model, route), half_way) for name, route in PATTERNS.items()}
     counts = {name: case.primitives() for name, case in cases.items()}
     mix = None
-    if model.args.router_choices:
+    if model.config.router_choices:
         taken = routes_taken(model, context, tokens, strategy, seed)
         mix = histogram(taken[context:])
         cases["router"] = routed(model, model.router(), context, strategy, seed)
@@ -210,7 +210,7 @@ def command(
             f"python -m duo_mlx.bench.decode {of} {arguments}",
             before,
             runs,
-            shape=vars(model.args),
+            shape=vars(model.config),
             steps_a_run=tokens + 1,
             routes_of_router=mix,
             summary=result,

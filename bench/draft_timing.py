@@ -37,8 +37,11 @@ def check_room(model: Model, tokens: int) -> None:
     Raises:
         DuoError: the model's context is too short, or its window, from which nothing is taken back once it is full.
     """
-    slides = "sliding_attention" in model.args.layer_types
-    limits = {"context": model.args.max_position_embeddings, "window": model.args.sliding_window if slides else None}
+    slides = "sliding_attention" in model.config.layer_types
+    limits = {
+        "context": model.config.max_position_embeddings,
+        "window": model.config.sliding_window if slides else None,
+    }
     for name, limit in limits.items():
         if limit is not None and PROMPT + max(tokens, LONGEST + 1) > limit:
             raise DuoError(f"--tokens {tokens}: after prompts of {PROMPT} tokens the model's {name} of {limit} is full")
@@ -89,7 +92,7 @@ def measure(
     Returns:
         By pattern the speed-up with its interval and what became of drafts; the seconds of all runs.
     """
-    policy, layers = FixedPolicy(verify), model.args.num_hidden_layers
+    policy, layers = FixedPolicy(verify), model.config.num_hidden_layers
     seconds: dict[str, list[float]] = {name: [] for name in (PLAIN, *drafts)}
     counts: dict[str, list[Speculation]] = {name: [] for name in drafts}
 

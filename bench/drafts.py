@@ -114,23 +114,23 @@ def options(model: Model, choices: str) -> Options:
     """
     if not choices or not set(choices) <= set(LETTERS):
         raise DuoError(f"choices {choices!r}: give letters of routes, such as sB or -sB")
-    layers = model.args.num_hidden_layers
-    realised = [model.args.realised(np.full(layers, LETTERS.index(letter), np.uint8)) for letter in choices]
+    layers = model.config.num_hidden_layers
+    realised = [model.config.realised(np.full(layers, LETTERS.index(letter), np.uint8)) for letter in choices]
     return [tuple(sorted({int(pattern[layer]) for pattern in realised})) for layer in range(layers)]
 
 
 def starts(model: Model, choices: str) -> list[Routes]:
     """Patterns of known kinds: one route everywhere; some big layers, first, evenly spaced or the best known ones."""
-    layers = model.args.num_hidden_layers
+    layers = model.config.num_hidden_layers
     lower = [route for route in (Route.SMALL, Route.SKIP) if LETTERS[route] in choices]
     found = [np.full(layers, route, np.uint8) for route in lower]
-    known = [(each["loss"], parse_pattern(each["pattern"], layers)) for each in model.args.best_patterns]
+    known = [(each["loss"], parse_pattern(each["pattern"], layers)) for each in model.config.best_patterns]
     for count in sorted({max(1, layers * part // PARTS) for part in range(1, PARTS)}):
         for spaced in (np.arange(layers) < count, evenly_spaced(layers, count) == Route.BIG):
             found += [np.where(spaced, Route.BIG, route).astype(np.uint8) for route in lower]
         within = [each for each in known if (each[1] == Route.BIG).sum() <= count]
         found += [min(within, key=lambda each: each[0])[1]] if within else []
-    return [model.args.realised(pattern) for pattern in found]
+    return [model.config.realised(pattern) for pattern in found]
 
 
 def search(
@@ -224,7 +224,7 @@ def study(
         raise DuoError(
             f"--choices {settings.choices}: no pattern reads fewer weights than --verify {format_pattern(verify)}"
         )
-    small = format_pattern(model.args.realised(np.full(len(verify), Route.SMALL, np.uint8)))
+    small = format_pattern(model.config.realised(np.full(len(verify), Route.SMALL, np.uint8)))
     chosen = [each for place, each in enumerate(found) if place < settings.best or each.pattern == small]
     measured, seconds = draft_timing.measure(
         model,
@@ -239,7 +239,7 @@ def study(
     best = max(measured, key=lambda pattern: measured[pattern]["speed_up"]["median"])
     return {
         "verify": format_pattern(verify),
-        "draft_vocabulary": model.args.draft_vocabulary,
+        "draft_vocabulary": model.config.draft_vocabulary,
         "settings": asdict(settings),
         "verifying_passes": {str(count): each for count, each in growth.items()},
         "candidates": [asdict(each) for each in found],

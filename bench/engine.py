@@ -108,7 +108,7 @@ class Generator:
         routed, layers = self._call, len(self._call.layers)
         if isinstance(routed.policy, Recorder):
             steps = [np.stack([np.array(each).reshape(-1) for each in taken], -1) for taken in routed.decided.values()]
-            return routed.model.args.realised(np.stack(steps).astype(np.uint8))
+            return routed.model.config.realised(np.stack(steps).astype(np.uint8))
         found = [routed.routes(place, place + 1, self._batch) for place in range(self._prompt, routed.position)]
         return np.stack([np.broadcast_to(each.reshape(-1, layers), (self._batch, layers)) for each in found])
 
@@ -157,8 +157,8 @@ def strategy_ran(model: Model, policy: Source, strategy: str, batch: int) -> str
     if not isinstance(policy, Router) and strategy != "dense" and (alike or strategy == "sync"):
         return "planned"
     known_by = "device" if isinstance(policy, Router) else "host"
-    h = mx.zeros((batch, model.args.hidden_size), model.model.norm.weight.dtype)
-    return conditional.resolve(strategy, model.layers[0].mlp, h, known_by)
+    h = mx.zeros((batch, model.config.hidden_size), model.dtype)
+    return conditional.resolve(strategy, model.ffns[0], h, known_by)
 
 
 def shares(routes: Routes) -> dict[str, float]:

@@ -62,7 +62,7 @@ class Pairs:
     """
 
     def __init__(self, model: Model, windows: NDArray[np.int32], seed: int, progress: Callable[[str], object]):
-        random, layers = np.random.default_rng(seed), model.args.num_hidden_layers
+        random, layers = np.random.default_rng(seed), model.config.num_hidden_layers
         parts: dict[str, list[Floats]] = {name: [] for name in ("contrast", "inputs", *TARGETS)}
         for start in range(0, len(windows), ROWS):
             these = windows[start : start + ROWS]
@@ -252,7 +252,7 @@ def command(
     model, tokenizer = duo_mlx.load(path)
     question = data.Question(files)
     question.check()
-    vocabulary = model.args.vocab_size
+    vocabulary = model.config.vocab_size
 
     def say(what: str) -> None:
         click.echo(what, err=True)

@@ -68,8 +68,8 @@ def equal_weights(states: mx.array, *_: object) -> mx.array:
 
 def no_metric(dense: Dense, windows: Any, state: State, step: Any) -> None:  # noqa: ARG001
     """Every channel counts alike."""
-    for index in range(dense.args.num_hidden_layers):
-        state.save(f"metric-{index}", np.eye(dense.args.hidden_size))
+    for index in range(dense.config.num_hidden_layers):
+        state.save(f"metric-{index}", np.eye(dense.config.hidden_size))
 
 
 def metric_of(measured: State) -> Callable[..., None]:
@@ -78,7 +78,7 @@ def metric_of(measured: State) -> Callable[..., None]:
     def copy(dense: Dense, windows: NDArray[np.integer], state: State, step: Callable[[], object]) -> None:
         if not measured.has("metric-0"):
             measure_metrics(dense, windows, measured, step)
-        for index in range(dense.args.num_hidden_layers):
+        for index in range(dense.config.num_hidden_layers):
             state.save(f"metric-{index}", measured.load(f"metric-{index}"))
 
     return copy
@@ -116,7 +116,7 @@ def patterns(layers: int) -> dict[str, str]:
 def losses(dense: Dense, smalls: dict[str, Tensor], windows: NDArray[np.int32]) -> dict[str, float]:
     """Nats a token of each of `patterns` on ``windows [windows, tokens]``."""
     embedded = dense.embed(windows[:, :-1])
-    layers = dense.args.num_hidden_layers
+    layers = dense.config.num_hidden_layers
     chosen = patterns(layers)
     states = {name: [mx.array(row)[None] for row in embedded] for name in chosen}
     for index in range(layers):
@@ -132,7 +132,7 @@ def losses(dense: Dense, smalls: dict[str, Tensor], windows: NDArray[np.int32]) 
     weight, head = dense.head()
 
     def loss(row: int, h: mx.array) -> float:
-        logits = mx.fast.rms_norm(h[0], weight, dense.args.rms_norm_eps) @ head.T
+        logits = mx.fast.rms_norm(h[0], weight, dense.config.rms_norm_eps) @ head.T
         return float(nn.losses.cross_entropy(logits, mx.array(windows[row, 1:]), reduction="mean"))
 
     return {name: float(np.mean([loss(row, h) for row, h in enumerate(rows)])) for name, rows in states.items()}
@@ -186,9 +186,9 @@ def command(
     record = {
         "command": f"python -m duo_mlx.bench.graft {names} --tokens {tokens} --held-out {held_out} --seed {seed}",
         "system": system_record(),
-        "patterns": patterns(dense.args.num_hidden_layers),
+        "patterns": patterns(dense.config.num_hidden_layers),
     }
-    click.echo("nats a token: " + ", ".join(patterns(dense.args.num_hidden_layers)))
+    click.echo("nats a token: " + ", ".join(patterns(dense.config.num_hidden_layers)))
     with tempfile.TemporaryDirectory() as folder:
         measured = State(Path(folder) / "metrics", {})
         for number, name in enumerate(methods or METHODS):

@@ -11,7 +11,7 @@ from itertools import product
 
 from duo_mlx.bench.budget import evenly_spaced
 from duo_mlx.errors import DuoError
-from duo_mlx.model import ModelArgs
+from duo_mlx.model import Config
 from duo_mlx.routes import Route, format_pattern, parse_pattern
 from duo_mlx.threshold import PREFIX
 
@@ -104,21 +104,21 @@ def quantisation(bits: int, stored: str) -> str:
     return f"{bits}-bit" if bits else stored
 
 
-def preset(name: str, args: ModelArgs) -> Grid:
+def preset(name: str, args: Config) -> Grid:
     """``quick``, ``paper`` or ``full`` for a model of this shape."""
     return {"quick": _quick, "paper": _paper, "full": _full}[name](args)
 
 
-def _quick(args: ModelArgs) -> Grid:
+def _quick(args: Config) -> Grid:
     routes = ("big", f"big@{_half(args)}", "small", *(["router"] if args.router_choices else []))
     return Grid(routes)
 
 
-def _half(args: ModelArgs) -> str:
+def _half(args: Config) -> str:
     return ",".join(str(layer) for layer in range(0, args.num_hidden_layers, 2))
 
 
-def _paper(args: ModelArgs) -> Grid:
+def _paper(args: Config) -> Grid:
     """k big layers from all to none, mixes with skip, the model's own budgets, router and draft, depth of context."""
     layers = args.num_hidden_layers
     counts = sorted({round(step * layers / min(layers, STEPS)) for step in range(min(layers, STEPS) + 1)}, reverse=True)
@@ -131,7 +131,7 @@ def _paper(args: ModelArgs) -> Grid:
     return Grid(tuple(routes), contexts=(0, *_depths(args, PROMPT + GENERATED)), drafts=drafts)
 
 
-def _by_router(args: ModelArgs) -> list[str]:
+def _by_router(args: Config) -> list[str]:
     """The model's own router, as it is and at the shares of big that its threshold can be moved to."""
     if not args.router_choices:
         return []
@@ -139,7 +139,7 @@ def _by_router(args: ModelArgs) -> list[str]:
     return ["router", *(f"{PREFIX}{share:g}" for share in SHARES if reach and reach[0] <= share <= reach[-1])]
 
 
-def _full(args: ModelArgs) -> Grid:
+def _full(args: Config) -> Grid:
     """The paper's, quantised too, with longer prompts, batches, and ``dense``, which computes what routes leave out."""
     prompts = (PROMPT, LONG) if _room(args) >= LONG + GENERATED else (PROMPT,)
     return replace(
@@ -156,17 +156,17 @@ def _quarters(layers: int) -> list[int]:
     return sorted({round(layers * part / 4) for part in (1, 2, 3)}, reverse=True)
 
 
-def _cheapest(args: ModelArgs) -> float:
+def _cheapest(args: Config) -> float:
     """The fewest big layers of a pattern that is known; infinity where none is."""
     known = [args.realised(parse_pattern(each["pattern"], args.num_hidden_layers)) for each in args.best_patterns]
     return min((pattern.tolist().count(Route.BIG) for pattern in known), default=math.inf)
 
 
-def _depths(args: ModelArgs, needed: int) -> list[int]:
+def _depths(args: Config, needed: int) -> list[int]:
     return [context for context in CONTEXTS if context + needed <= _room(args)]
 
 
-def _room(args: ModelArgs) -> float:
+def _room(args: Config) -> float:
     """Positions that a cell may need; infinity where nothing limits them."""
     sliding = args.sliding_window if "sliding_attention" in args.layer_types else None
     return min(args.max_position_embeddings or math.inf, sliding or math.inf)
@@ -187,7 +187,7 @@ def check_drafts(grid: Grid) -> None:
         raise DuoError(f"--speculate {grid.drafts[0]}: {why}")
 
 
-def check(groups: Sequence[Sequence[Cell]], args: ModelArgs) -> None:
+def check(groups: Sequence[Sequence[Cell]], args: Config) -> None:
     """Refuse cells that the model has no room for, or that cannot be measured.
 
     Raises:

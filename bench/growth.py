@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duo_mlx import cost
-from duo_mlx.model import ModelArgs
+from duo_mlx.model import Config
 from duo_mlx.routes import Route, Routes
 from duo_mlx.study.tree import Work
 
@@ -29,13 +29,13 @@ class Decoding(NamedTuple):
     cache_bytes: int
 
 
-def _heads(args: ModelArgs) -> tuple[int, int]:
+def _heads(args: Config) -> tuple[int, int]:
     """Width of all queries, and of all keys."""
     head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
     return args.num_attention_heads * head_dim, args.num_key_value_heads * head_dim
 
 
-def decoding(args: ModelArgs, pattern: Routes, context: int, rotated: bool = False) -> Decoding:
+def decoding(args: Config, pattern: Routes, context: int, rotated: bool = False) -> Decoding:
     """One token by a pattern ``[layers]`` that attends to ``context`` positions, float32, one table for both ends.
 
     Args:
@@ -53,7 +53,7 @@ def decoding(args: ModelArgs, pattern: Routes, context: int, rotated: bool = Fal
     return Decoding(FLOAT * floats, flops, FLOAT * layers * 2 * keys * context)
 
 
-def learned(args: ModelArgs, small_only: bool) -> int:
+def learned(args: Config, small_only: bool) -> int:
     """Parameters that learn in `train routes`, or in `train small`."""
     hidden, layers = args.hidden_size, args.num_hidden_layers
     small = 3 * hidden * args.small_intermediate_size
@@ -63,7 +63,7 @@ def learned(args: ModelArgs, small_only: bool) -> int:
     return int(big.sum()) + layers * small + hidden * (args.vocab_size + 2 * layers + 1)
 
 
-def training_flops(args: ModelArgs, routes: Routes, length: int, small_only: bool) -> int:
+def training_flops(args: Config, routes: Routes, length: int, small_only: bool) -> int:
     """FLOPs of the products in one step, forward and backward, without layers that are computed twice.
 
     Args:
@@ -90,7 +90,7 @@ def recomputed_products(routes: Routes, small_only: bool) -> int:
     return 6 * layers + 2 * ffns - (2 if small_only and (routes[:, 0] == Route.BIG).any() else 0)
 
 
-def kept(args: ModelArgs, routes: Routes, length: int, dropout: bool) -> NDArray[np.int64]:
+def kept(args: Config, routes: Routes, length: int, dropout: bool) -> NDArray[np.int64]:
     """Floats that each layer's forward pass keeps for its gradients, ``[layers]``, over tokens ``[tokens, layers]``."""
     queries, keys = _heads(args)
     hidden, heads = args.hidden_size, args.num_attention_heads
@@ -101,7 +101,7 @@ def kept(args: ModelArgs, routes: Routes, length: int, dropout: bool) -> NDArray
     return total
 
 
-def gradient_bytes(args: ModelArgs, routes: Routes, length: int, dropout: bool, recompute: bool) -> int:
+def gradient_bytes(args: Config, routes: Routes, length: int, dropout: bool, recompute: bool) -> int:
     """The peak of forward and backward pass beyond parameters and moments; all learn."""
     tokens, layers = routes.shape
     hidden, logits = args.hidden_size, args.vocab_size * tokens
@@ -114,7 +114,7 @@ def gradient_bytes(args: ModelArgs, routes: Routes, length: int, dropout: bool, 
     return FLOAT * int(max(above, below))
 
 
-def step_bytes(args: ModelArgs, gradients: int) -> int:
+def step_bytes(args: Config, gradients: int) -> int:
     """The peak of a step: parameters and moments, and either `gradient_bytes` or gradients and their successors."""
     of_each = FLOAT * learned(args, small_only=False)
     return 3 * of_each + max(gradients, 4 * of_each)
@@ -140,7 +140,7 @@ def budgeted(layers: int, big: int) -> Work:
     return Work(sum(nodes[:-1]), sum(nodes[1:]), nodes[-1])
 
 
-def search_bytes(args: ModelArgs, choices: int, tokens: int, rows: int) -> int:
+def search_bytes(args: Config, choices: int, tokens: int, rows: int) -> int:
     """The peak of a search of all patterns over a text beyond the weights: states that wait, and the last batch's."""
     layers, hidden = args.num_hidden_layers, args.hidden_size
     batches = [min(choices**depth, rows) for depth in range(layers + 1)]

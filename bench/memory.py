@@ -65,7 +65,7 @@ def measure(directory: Path, route: str, lazy: bool, prompt: int, tokens: int) -
     libraries = resident("VmRSS")
     model, _ = checkpoint.load(directory, lazy=lazy)
     loaded = {"resident": resident("VmRSS"), "active": mx.get_active_memory()}
-    layers, vocabulary = model.args.num_hidden_layers, model.args.vocab_size
+    layers, vocabulary = model.config.num_hidden_layers, model.config.vocab_size
     cache = model.make_cache()
     ids = mx.array(np.random.default_rng(0).integers(0, vocabulary, prompt))
     for _ in generate_step(ids, RoutedModel(model, parse_route(route, layers)), max_tokens=tokens, prompt_cache=cache):
@@ -119,7 +119,7 @@ def child(arguments: list[Any]) -> dict[str, Any]:
 def write_model(directory: Path, layers: int, dtype: str, seed: int) -> None:
     """A model directory with random weights and the embedded model's tokenizer, which nothing here asks."""
     model = open_model(None, layers, seed)
-    config = SHAPE | {"num_hidden_layers": layers, "router_choices": model.args.router_choices}
+    config = SHAPE | {"num_hidden_layers": layers, "router_choices": model.config.router_choices}
     weights = {name: array.astype(getattr(mx, dtype)) for name, array in checkpoint.parameters(model).items()}
     checkpoint.save(directory, config, weights)
     for file in checkpoint.EMBEDDED.glob("tokenizer*"):

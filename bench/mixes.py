@@ -33,7 +33,7 @@ from duo_mlx.bench.peer import open_model, routed, spread, step_bytes
 from duo_mlx.bench.prefill import CLOCKS, SHAPE
 from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.system import system_record
-from duo_mlx.ffns import nbytes
+from duo_mlx.ffn import nbytes
 from duo_mlx.model import Model
 from duo_mlx.policies import FixedPolicy
 from duo_mlx.projection import Constants, seconds
@@ -61,7 +61,7 @@ def mixes(layers: int) -> dict[str, Routes]:
 
 def products(model: Model, megabytes: int) -> tuple[Callable[[], None], int]:
     """Products of a vector with weights of big's shape, and the bytes of all of them."""
-    shape = model.args.intermediate_size, model.args.hidden_size
+    shape = model.config.intermediate_size, model.config.hidden_size
     count = max(1, megabytes * 10**6 // (4 * shape[0] * shape[1]))
     weights = [mx.random.normal(shape) for _ in range(count)]
     vector = mx.random.normal((1, shape[1]))
@@ -71,7 +71,7 @@ def products(model: Model, megabytes: int) -> tuple[Callable[[], None], int]:
 
 def chain(model: Model) -> Callable[[], None]:
     """`CHAIN_LENGTH` primitives on a hidden state, each of which needs the one before."""
-    start = mx.random.normal((1, 1, model.args.hidden_size))
+    start = mx.random.normal((1, 1, model.config.hidden_size))
     mx.eval(start)
 
     def call() -> None:
@@ -85,7 +85,7 @@ def chain(model: Model) -> Callable[[], None]:
 
 def head(model: Model) -> Callable[[], None]:
     """The logits of one token."""
-    row = mx.random.normal((1, model.args.hidden_size))
+    row = mx.random.normal((1, 1, model.config.hidden_size))
     mx.eval(row)
     return lambda: mx.eval(model.head(row))
 
@@ -186,7 +186,7 @@ def command(
         after_round=lambda done: click.echo(f"round {done} of {rounds}", err=True),
         clock=CLOCKS[clock],
     )
-    result = summary(timings, work, product_bytes, nbytes(model.model.embed_tokens), tokens + 1)
+    result = summary(timings, work, product_bytes, nbytes(model.embedding), tokens + 1)
     click.echo(table(result))
     if out:
         arguments = f"--rounds {rounds} --tokens {tokens} --context {context} --layers {layers} --megabytes {megabytes}"

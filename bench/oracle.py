@@ -55,12 +55,11 @@ Ids = NDArray[np.int32]
 
 def first_layers(model: Model, count: int) -> Model:
     """The same model with its first layers alone, whose norm and head are untrained for that."""
-    args = model.args
-    if count == args.num_hidden_layers:
+    config = model.config
+    if count == config.num_hidden_layers:
         return model
-    cut = Model(
-        replace(args, num_hidden_layers=count, layer_types=args.layer_types[:count], best_patterns=(), default_draft="")
-    )
+    base = dict(config.base) | {"num_hidden_layers": count, "layer_types": list(config.layer_types[:count])}
+    cut = Model(replace(config, base=base, best_patterns=(), default_draft=""))
     weights: Any = dict(tree_flatten(model.parameters()))
     kept: Any = dict(tree_flatten(cut.parameters()))
     cut.load_weights([(name, weights[name]) for name in kept])
@@ -117,7 +116,7 @@ def gaps(model: Model, windows: Ids, say: Callable[[str], object]) -> dict[str, 
     """Mean gap of each method by reading and budget, over the range, and patterns that it tried for a token."""
     space = oracle.Space(model, layer_options(model, (Route.SMALL, Route.BIG)))
     tokens = windows.shape[1] - 1
-    within = [spec for spec in BUDGETS if spec == "none" or int(spec) < model.args.num_hidden_layers]
+    within = [spec for spec in BUDGETS if spec == "none" or int(spec) < model.config.num_hidden_layers]
     limits = [parse_limit(spec, model, tokens) for spec in within]
     found: dict[str, Any] = {}
     for reading_name, compare in (("shared", _shared), ("committed", _committed)):

@@ -26,7 +26,7 @@ import numpy as np
 
 from duo_mlx.bench import options
 from duo_mlx.bench.interleave import Timings, interleave
-from duo_mlx.bench.peer import PATTERNS, Decoder, check_context, decoders, llama_twin, open_model
+from duo_mlx.bench.peer import PATTERNS, Decoder, base_twin, check_context, decoders, open_model
 from duo_mlx.bench.prefill import CLOCKS
 from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.system import system_record
@@ -54,8 +54,8 @@ def sample(logits: mx.array) -> mx.array:
 
 def parts(model: Model, cache: list[Any]) -> dict[str, Build]:
     """What builds each part of a decoding step after what ``cache`` holds."""
-    x = mx.random.normal((1, model.args.hidden_size), model.model.norm.weight.dtype)  # as a single token passes
-    logits = mx.random.normal((1, 1, model.args.vocab_size), x.dtype)
+    x = mx.random.normal((1, model.config.hidden_size), model.dtype)  # as a single token passes
+    logits = mx.random.normal((1, 1, model.config.vocab_size), x.dtype)
     mx.eval(x, logits)
 
     def attention() -> mx.array:
@@ -68,7 +68,7 @@ def parts(model: Model, cache: list[Any]) -> dict[str, Build]:
         return model.model.norm(between)
 
     built = {
-        "embedding": lambda: model.model.embed_tokens(mx.array([[1]])),
+        "embedding": lambda: model.embedding(mx.array([[1]])),
         "attention": attention,
         "norms": norms,
         "big": lambda: chain(x, model.layers, lambda layer, x: layer.mlp.big(x)),
@@ -76,7 +76,7 @@ def parts(model: Model, cache: list[Any]) -> dict[str, Build]:
         "head": lambda: model.head(x),
         "sampling": lambda: sample(logits),
     }
-    router = model.router() if model.args.router_choices else None
+    router = model.router() if model.config.router_choices else None
     if isinstance(router, LinearRouter):  # one that looks ahead is asked before the pass, not by its layers
 
         def read(layer: Layer, x: mx.array) -> mx.array:
@@ -206,7 +206,7 @@ def command(
         check_output(out, force)
     model = open_model(directory, layers, seed)
     check_context(model, context + tokens + 1)
-    cases = decoders(model, llama_twin(model), context, seed)
+    cases = decoders(model, base_twin(model), context, seed)
     cache = cases["all-big"].cache
     before = system_record()
     timings = interleave(
@@ -226,7 +226,7 @@ def command(
             f"python -m duo_mlx.bench.parts {of} {arguments}",
             before,
             timings.runs,
-            shape=vars(model.args),
+            shape=vars(model.config),
             summary=result,
         )
 

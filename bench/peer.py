@@ -20,12 +20,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generate_step, generation_stream
-from mlx_lm.models import llama
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from duo_mlx import checkpoint, cost, products
+from duo_mlx import checkpoint, cost, cpu
 from duo_mlx.bench.prefill import SHAPE
+from duo_mlx.cpu import products
+from duo_mlx.device import on_cpu
 from duo_mlx.errors import DuoError
+from duo_mlx.hosting import without
 from duo_mlx.intervals import interval
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.policies import FixedPolicy
@@ -47,39 +49,22 @@ def open_model(directory: Path | None, layers: int, seed: int) -> Model:
     if directory:
         return checkpoint.load(directory, fuse=True)[0]
     model = Model(ModelArgs.from_dict(SHAPE | {"num_hidden_layers": layers, "router_choices": "-sB"}))
-    for layer in model.layers:  # a new router's weights are zeros
-        layer.mlp.router.weight = mx.random.normal(layer.mlp.router.weight.shape)
-    model.fuse()
+    for ffn in model.ffns:  # a new router's weights are zeros
+        ffn.router.weight = mx.random.normal(ffn.router.weight.shape)
+    if on_cpu():
+        cpu.quicken(model, fuse=True)
     mx.eval(model.parameters())
     return model
 
 
-def llama_twin(model: Model) -> llama.Model:
-    """mlx-lm's llama with the Duo's big FFNs and the Duo's own arrays as weights, so that they are in memory once."""
-    config = {name: getattr(model.args, name) for name in llama.ModelArgs.__dataclass_fields__}
-    twin = llama.Model(llama.ModelArgs(**config | {"model_type": "llama"}))
-    ours = dict(model.named_modules())
-
-    def as_ours(path: str, _: nn.Module) -> bool | dict[str, Any]:
-        module = ours[path.replace(".mlp.", ".mlp.big.")]
-        return "scales" in module and {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
-
-    nn.quantize(twin, class_predicate=as_ours)
-    weights = checkpoint.parameters(model)
-    only_ours = (".mlp.small.", ".mlp.router.")
-    twin.load_weights(
-        [
-            (name.replace(".mlp.big.", ".mlp."), array)
-            for name, array in weights.items()
-            if not any(part in name for part in only_ours)
-        ]
-    )
-    return twin
+def base_twin(model: Model) -> nn.Module:
+    """mlx-lm's own model with the Duo's big FFNs and the Duo's own arrays as weights, so they are in memory once."""
+    return without(model)
 
 
 def pattern(model: Model, route: Route) -> Routes:
     """One route in all layers, ``[layers]``."""
-    return np.full(model.args.num_hidden_layers, route, np.uint8)
+    return np.full(model.config.num_hidden_layers, route, np.uint8)
 
 
 def filled_cache(model: Model, context: int, seed: int) -> list[Any]:
@@ -88,12 +73,11 @@ def filled_cache(model: Model, context: int, seed: int) -> list[Any]:
     Raises:
         DuoError: attention slides, so that a cache cannot be taken back to where it began.
     """
-    args = model.args
-    head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
-    shape = (2, 1, args.num_key_value_heads, context, head_dim)
-    noise = mx.random.normal(shape, model.model.norm.weight.dtype, key=mx.random.key(seed))
+    config = model.config
+    shape = (2, 1, config.num_key_value_heads, context, config.head_dim)
+    noise = mx.random.normal(shape, model.dtype, key=mx.random.key(seed))
     cache = model.make_cache()
-    if not can_trim_prompt_cache(cache) or "sliding_attention" in args.layer_types:
+    if not can_trim_prompt_cache(cache) or "sliding_attention" in config.layer_types:
         raise DuoError("this benchmark needs caches that can be taken back, and this model's attention slides")
     for layer in cache:
         layer.update_and_fetch(*noise)
@@ -103,7 +87,7 @@ def filled_cache(model: Model, context: int, seed: int) -> list[Any]:
 
 def check_context(model: Model, positions: int) -> None:
     """Refuse more positions than the model has."""
-    limit = model.args.max_position_embeddings
+    limit = model.config.max_position_embeddings
     if limit is not None and positions > limit:
         raise DuoError(f"--context and --tokens come to {positions} positions; the model has {limit}")
 
@@ -148,7 +132,7 @@ def routed(model: Model, policy: Source, context: int, strategy: str = "auto", s
 
 
 def decoders(
-    model: Model, twin: llama.Model | None, context: int, seed: int = 0, patterns: Sequence[str] = tuple(PATTERNS)
+    model: Model, twin: nn.Module | None, context: int, seed: int = 0, patterns: Sequence[str] = tuple(PATTERNS)
 ) -> dict[str, Decoder]:
     """Decoders of the twin, if there is one, and of the Duo by uniform patterns, by name."""
     made = {}
@@ -176,7 +160,7 @@ def whole_products() -> Iterator[None]:
 def step_bytes(model: Model, routes: Routes, context: int, by_router: bool = False) -> float:
     """Bytes of weights and cache that a decoding step touches, as a mean over the patterns ``routes [..., layers]``."""
     table = cost.weight_bytes(model, by_router) + cost.cache_bytes(model, context)
-    return float(table.of(model.args.realised(routes)).mean())
+    return float(table.of(model.config.realised(routes)).mean())
 
 
 def spread(ratios: Sequence[float], seed: int = 0) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What it brings that few tokens multiply in pieces (`duo_mlx.products`): passes with pieces, and with whole products.
+"""Time passes over few tokens with products in pieces (`duo_mlx.cpu.products`) and with whole products.
 
     OPENBLAS_NUM_THREADS=1 python -m duo_mlx.bench.pieces --out pieces.json
 
@@ -14,7 +14,7 @@ import click
 import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes)
 
 # isort: split
-from duo_mlx import _blas, products
+from duo_mlx import _blas
 from duo_mlx.bench import options
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.peer import open_model, pattern, whole_products
@@ -22,6 +22,7 @@ from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.speculated import passes
 from duo_mlx.bench.speculated_summary import REPEATS
 from duo_mlx.bench.system import system_record
+from duo_mlx.cpu import products
 from duo_mlx.errors import DuoError
 from duo_mlx.intervals import interval
 from duo_mlx.routes import Route

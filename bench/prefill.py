@@ -28,7 +28,7 @@ import numpy as np
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.system import system_record
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.model import Config, Model
 from duo_mlx.policies import RandomPolicy
 from duo_mlx.routes import Route, Routes
 
@@ -50,8 +50,8 @@ LIMIT = 1.10  # what the mixed pass may take of its ideal
 
 def passes(model: Model, tokens: int, seed: int) -> tuple[dict[str, Callable[[], None]], float]:
     """The three prefills to time, by name, and the share of big among the FFNs that the mixed one runs."""
-    layers = model.args.num_hidden_layers
-    prompt = mx.array(np.random.default_rng(seed).integers(0, model.args.vocab_size, (1, tokens)))
+    layers = model.config.num_hidden_layers
+    prompt = mx.array(np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, tokens)))
     mixed = RandomPolicy(layers, big=0.5, small=0.5, seed=seed).routes(0, tokens)
     routes: dict[str, Routes] = {
         "all-big": np.full(layers, Route.BIG, np.uint8),
@@ -120,7 +120,7 @@ def command(rounds: int, tokens: int, layers: int, seed: int, clock: str, out: P
         check_output(out, force)
     mx.random.seed(seed)
     shape = SHAPE | {"num_hidden_layers": layers}
-    model = Model(ModelArgs.from_dict(shape))
+    model = Model(Config.from_dict(shape))
     mx.eval(model.parameters())
     calls, share = passes(model, tokens, seed)
     before = system_record()

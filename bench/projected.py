@@ -29,7 +29,7 @@ def gpu_work(model: Model, quantisation: str, routes: Routes, context: int, by_r
         return None
     bits = int(quantisation.removesuffix("-bit")) if quantisation.endswith("-bit") else FLOAT
     try:
-        made = imagined(model.args, bits)
+        made = imagined(model.config, bits)
     except DuoError:  # its width cannot be quantised by the groups that are projected
         return None
     strategy = "fused" if by_router else "planned"

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from duo_mlx import cost, work
-from duo_mlx.arguments import ModelArgs
+from duo_mlx.config import Config
 from duo_mlx.drafting import LONGEST, best_length, tokens_expected
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
@@ -119,8 +119,8 @@ def project(
     """
     rows = []
     for name, model in models.items():
-        big = np.full(model.args.num_hidden_layers, 2, np.uint8)
-        draft = model.args.realised(stretched(pattern, len(big)))
+        big = np.full(model.config.num_hidden_layers, 2, np.uint8)
+        draft = model.config.realised(stretched(pattern, len(big)))
         table, cache = cost.weight_bytes(model), cost.cache_bytes(model, context)
         on: dict[str, Any] = {}
         for machine in machines:
@@ -133,7 +133,7 @@ def project(
                 low, *_, high = sorted(each.speed_up for each in found)
                 on.setdefault(machine.name, {})[growth] = found[0]._asdict() | {"speed_up_range": [low, high]}
         share = float((cost.draft_bytes(model) + cache).of(draft) / (table + cache).of(big))
-        rows.append({"name": name, "parameters": parameters(model.args), "draft_bytes_share": share, "on": on})
+        rows.append({"name": name, "parameters": parameters(model.config), "draft_bytes_share": share, "on": on})
     return rows
 
 
@@ -142,7 +142,7 @@ def large_shapes() -> list[str]:
     return [name for name, args in SHAPES.items() if parameters(args) >= LARGE]
 
 
-def parameters(args: ModelArgs) -> int:
+def parameters(args: Config) -> int:
     """Of a model without its small FFNs and norms."""
     embeddings = args.hidden_size * args.vocab_size * (1 if args.tie_word_embeddings else 2)
     return embeddings + int(cost.layer_parameters(args).by_route[:, 2].sum())

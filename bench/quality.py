@@ -54,7 +54,7 @@ def measure(
         windows: ids ``[windows, tokens + 1]``.
         progress: is called with the share that is done.
     """
-    big = FixedPolicy(np.full(model.args.num_hidden_layers, Route.BIG, np.uint8))
+    big = FixedPolicy(np.full(model.config.num_hidden_layers, Route.BIG, np.uint8))
     losses: dict[str, list[float]] = {name: [] for name in policies}
     divergence: dict[str, list[float]] = {name: [] for name in policies}
     agreement: dict[str, list[float]] = {name: [] for name in policies}

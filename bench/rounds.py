@@ -128,7 +128,7 @@ def cases(
     made = []
     for cell, record in zip(group, records, strict=True):
         if cell.engine == PEER:
-            generator = engine.stock(peer.llama_twin(model), prompts.context(cell), cell.batch)
+            generator = engine.stock(peer.base_twin(model), prompts.context(cell), cell.batch)
             case = Case(cell, record, generator, "")
         else:
             policy = policy_of(model, cell.route, seed)

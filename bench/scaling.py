@@ -28,7 +28,7 @@ from duo_mlx.bench.prefill import SHAPE
 from duo_mlx.bench.record import check_output, run, write_output
 from duo_mlx.bench.system import system_record
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.model import Config, Model
 from duo_mlx.policies import RandomPolicy
 from duo_mlx.routes import Route, Routes
 
@@ -104,14 +104,14 @@ def patterns(layers: int) -> dict[str, Routes]:
 def decoding(size: Size, model: Model) -> Iterator[Row]:
     """One token."""
     for name, pattern in patterns(size.layers).items():
-        expected = growth.decoding(model.args, pattern, size.length, rotated=True)
+        expected = growth.decoding(model.config, pattern, size.length, rotated=True)
         for what, predicted, count in zip(
             expected._fields, expected, counted.decoding(model, pattern, size.length), strict=True
         ):
             yield Row("decoding", str(size), f"{name}: {what}", predicted, count)
 
 
-def training(size: Size, args: ModelArgs) -> Iterator[Row]:
+def training(size: Size, args: Config) -> Iterator[Row]:
     """One step."""
     at = ("training", str(size))
     for name, small_only in (("routes", False), ("small", True)):
@@ -142,7 +142,7 @@ def exchange(sizes: tuple[Size, ...]) -> Iterator[Row]:
         found = counted.together(counted.exchanged, configs, batch, length, TEXTS, processes=count)
         for number, size in enumerate(sizes):
             steps = [each["steps"][number] for each in found]
-            learned = growth.learned(ModelArgs.from_dict(size.config), small_only=False)
+            learned = growth.learned(Config.from_dict(size.config), small_only=False)
             summed = growth.FLOAT * (learned + 1 + batch * (length + 1))  # the loss, and everybody's windows
             at = ("processes", str(size))
             yield Row(*at, f"{count}: bytes that each adds to sums", summed, _mean(steps, "summed"))
@@ -170,13 +170,13 @@ def search(size: Size, model: Model) -> Iterator[Row]:
         for kind in ("attention", "ffn", "head"):
             yield Row("search", str(size), f"{name}: {kind}", getattr(expected, kind), getattr(work, kind))
     (peak,) = counted.together(counted.search_peak, size.config, SEARCHED, ROWS)
-    predicted = growth.search_bytes(model.args, 2, SEARCHED, ROWS)
+    predicted = growth.search_bytes(model.config, 2, SEARCHED, ROWS)
     yield Row("search", str(size), f"2^{layers}: peak bytes", predicted, peak, SEARCH_PEAK)
 
 
 def projected(sequences: int = 8, length: int = 512) -> dict[str, Any]:
     """What the formulas say of SmolLM2-135M's shape in float32; nothing here is counted."""
-    args = ModelArgs.from_dict(SHAPE)
+    args = Config.from_dict(SHAPE)
     layers = args.num_hidden_layers
     routes = np.concatenate(
         [
@@ -221,7 +221,7 @@ def rows(sizes: tuple[Size, ...]) -> Iterator[Row]:
     """All figures of all sizes."""
     for size in sizes:
         model = counted.model_of(size.config)
-        for part in (decoding(size, model), training(size, model.args), search(size, model)):
+        for part in (decoding(size, model), training(size, model.config), search(size, model)):
             yield from part
     yield from exchange(sizes)
 

@@ -89,7 +89,7 @@ def passes(model: Model, verify: Routes, drafts: Mapping[str, Routes], context: 
 
         def call() -> None:
             for _ in range(REPEATS):
-                out = model.model(model.model.embed_tokens(inputs), cache, plan, "auto")
+                out = model.states(inputs, cache, plan, "auto")
                 mx.eval(mx.argmax(head(out), axis=-1))
                 for layer in cache:
                     layer.trim(tokens)
@@ -152,7 +152,7 @@ def command(
     for spec, draft in patterns.items():
         for number in numbers:
             check(model, verify, draft, spec, number)
-    limit = model.args.max_position_embeddings
+    limit = model.config.max_position_embeddings
     if limit is not None and prompt_tokens + tokens + 1 > limit:
         raise DuoError(
             f"--prompt-tokens and --tokens come to {prompt_tokens + tokens} positions; the model has {limit}"

@@ -122,4 +122,4 @@ class Speculating(Generator):
             drafting = patterns(self._model, self._draft, start, start + drafts)
         verifying = patterns(self._model, self._verify, start, start + drafts + 1)
         shared = shared_layers(drafting, verifying[:-1])
-        return touched.round_flops(self._model.args, drafting, verifying, shared, start + 1 + drafts // 2)
+        return touched.round_flops(self._model.config, drafting, verifying, shared, start + 1 + drafts // 2)

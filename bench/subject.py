@@ -29,7 +29,7 @@ class Subject:
     def __init__(self, path: str | None, revision: str | None):
         self._directory = checkpoint.resolve(path, revision)
         self._model, self.tokenizer = checkpoint.load(self._directory, fuse=True)
-        self.args = self._model.args
+        self.args = self._model.config
         self.stored = self._now = stored_format(self._model)
         self.name = "embedded" if path is None else Path(path).resolve().name if Path(path).is_dir() else path
         self.record = {

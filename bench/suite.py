@@ -250,7 +250,7 @@ def _fill_quality(
 def _add_parts(result: dict[str, Any], model: Model, cell: Cell) -> None:
     """A decoded token's parts in cells of one sequence and this context, where they are not known yet."""
     known = {(each["quantisation"], each["context"]) for each in result["parts"]}
-    slides = "sliding_attention" in model.args.layer_types
+    slides = "sliding_attention" in model.config.layer_types
     if cell.batch == 1 and not slides and (cell.quantisation, cell.context) not in known:
         found = parts.measure(model, cell.context + cell.prompt_tokens)
         result["parts"].append({"quantisation": cell.quantisation, "context": cell.context} | found)

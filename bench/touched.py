@@ -4,8 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from duo_mlx import cost
-from duo_mlx.ffns import nbytes
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.model import Config, Model
 from duo_mlx.routes import Route, Routes
 
 
@@ -28,8 +27,8 @@ def bytes_per_token(model: Model, routes: Routes, context: int, ran: str, by_rou
     weights, caches = cost.weight_bytes(model, by_router), cost.cache_bytes(model, context)
     big, small = ((routes == route).any(axis=1) for route in (Route.BIG, Route.SMALL))
     if computes_everything(ran):
-        big, small = np.ones_like(big), np.array([model.args.has_small(layer) for layer in range(layers)])
-    second = np.array([nbytes(layer.mlp.small) for layer in model.layers])
+        big, small = np.ones_like(big), np.array([model.config.has_small(layer) for layer in range(layers)])
+    second = np.array([cost.active_bytes(ffn.small) for ffn in model.ffns])
     skips, smalls, bigs = (weights.by_route[:, route] for route in (Route.SKIP, Route.SMALL, Route.BIG))
     read = np.where(big, bigs + np.where(small, second, 0), np.where(small, smalls, skips))
     # where skipping bypasses attention, too, it is done for all sequences or for none
@@ -37,7 +36,7 @@ def bytes_per_token(model: Model, routes: Routes, context: int, ran: str, by_rou
     return float((weights.fixed + read.sum(axis=1).mean()) / batch + attended.mean())
 
 
-def round_flops(args: ModelArgs, drafting: Routes, verifying: Routes, shared: int, context: int) -> int:
+def round_flops(args: Config, drafting: Routes, verifying: Routes, shared: int, context: int) -> int:
     """FLOPs of a round of speculation: of each draft step, and of the pass that verifies.
 
     Args:
@@ -55,7 +54,7 @@ def round_flops(args: ModelArgs, drafting: Routes, verifying: Routes, shared: in
 
 def flops_per_token(model: Model, routes: Routes, context: int, ran: str) -> float:
     """FLOPs of one decoded token, a mean over ``routes [passes, batch, layers]``."""
-    args = model.args
+    args = model.config
     table = cost.flops(args, context)
     if not computes_everything(ran):
         return float(table.of(routes).mean())

@@ -15,10 +15,10 @@ from mlx.utils import tree_map
 
 from duo_mlx import conditional, masked
 from duo_mlx.bench.interleave import interleave
-from duo_mlx.ffns import FFNs, nbytes
+from duo_mlx.ffn import DuoFFN, FFNs, GatedFFN, nbytes
 from duo_mlx.kernels import fused, selfcheck
 from duo_mlx.kernels.verdicts import Verdict
-from duo_mlx.model import BigOnlyFFN, DuoFFN, Model, ModelArgs
+from duo_mlx.model import Model
 from duo_mlx.routes import Route
 
 ROWS = tuple(fused.COLUMNS)  # of each variant of the kernels
@@ -122,19 +122,10 @@ def made(plan: Plan) -> Iterator[tuple[Case, int]]:
         yield Case([first, *(make(shape, bits, dtype, seed) for seed in more)], dtype, timed), len(kinds)
 
 
-def make(shape: Shape, bits: int, dtype: mx.Dtype, seed: int = 0) -> DuoFFN | BigOnlyFFN:
+def make(shape: Shape, bits: int, dtype: mx.Dtype, seed: int = 0) -> DuoFFN:
     """FFNs with random weights."""
-    args = ModelArgs(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.big,
-        small_intermediate_size=shape.small or shape.big,
-        small_bias=shape.biases,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        rms_norm_eps=1e-5,
-        vocab_size=1,
-    )
-    ffns = (DuoFFN if shape.small else BigOnlyFFN)(args)
+    big, small = (GatedFFN(shape.hidden, inner or 1, bias=shape.biases) for inner in (shape.big, shape.small))
+    ffns = DuoFFN(big, small if shape.small else None, None, 0)
     keys = iter(mx.random.split(mx.random.key(seed), 20))
 
     def draw(value: mx.array) -> mx.array:
@@ -150,11 +141,11 @@ def make(shape: Shape, bits: int, dtype: mx.Dtype, seed: int = 0) -> DuoFFN | Bi
 
 def of_model(model: Model) -> Iterator[tuple[Case, int]]:
     """A model's layers by kind, and how many kinds there are."""
-    dtype = model.model.norm.weight.dtype
+    dtype = model.dtype
     kinds: dict[str, list[FFNs]] = {}
-    for layer in model.layers:
-        kind = fused.refusal(layer.mlp, 1, dtype) or selfcheck.name("fused", layer.mlp, 1, dtype)
-        kinds.setdefault(kind, []).append(layer.mlp)
+    for ffn in model.ffns:
+        kind = fused.refusal(ffn, 1, dtype) or selfcheck.name("fused", ffn, 1, dtype)
+        kinds.setdefault(kind, []).append(ffn)
     for layers in kinds.values():
         yield Case(layers, dtype, True), len(kinds)
 
@@ -218,8 +209,8 @@ def made_routers(plan: Plan) -> list[tuple[int, int, mx.Dtype]]:
 
 
 def routers(model: Model) -> list[tuple[int, int, mx.Dtype]]:
-    choices = len(model.args.router_choices)
-    return [(model.args.hidden_size, choices, model.model.norm.weight.dtype)] if choices else []
+    choices = len(model.config.router_choices)
+    return [(model.config.hidden_size, choices, model.dtype)] if choices else []
 
 
 def check_routers(kinds: Sequence[tuple[int, int, mx.Dtype]], plan: Plan, kept: dict[str, Verdict]) -> list[Check]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duo_mlx import __version__, checkpoint
-from duo_mlx.arguments import KnownPattern
+from duo_mlx.config import KnownPattern
 from duo_mlx.errors import DuoError
 from duo_mlx.files import write_text
 

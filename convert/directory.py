@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duo_mlx import checkpoint
-from duo_mlx.arguments import ModelArgs
+from duo_mlx.config import Config
 from duo_mlx.convert import calibration, plan
 from duo_mlx.convert.calibration import Calibration, Text
 from duo_mlx.convert.source import Source, as_big, open_source
@@ -246,7 +246,7 @@ class _Job:
             beside = tensors[name.replace(".small.", ".big.").removesuffix("bias").removesuffix("weight") + "weight"]
             tensors[name] = tensor.astype(beside.dtype)
         config = self.source.config | extra | {"model_type": "duo"}
-        if misfits := plan.misfits(tensors, plan.expected_shapes(ModelArgs.from_dict(config))):
+        if misfits := plan.misfits(tensors, plan.expected_shapes(Config.from_dict(config))):
             raise plan.MisfitError(self.source.name, misfits)
         return tensors, config
 

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from duo_mlx.arguments import ModelArgs
+from duo_mlx.config import Config
 from duo_mlx.convert import keymaps, plan, settings, stored
 from duo_mlx.convert.readers import gguf_header, open_checkpoint
 from duo_mlx.convert.readers.text import read_object
@@ -187,7 +187,7 @@ def _problems(checkpoint: Checkpoint, tensors: Tensors, kind: str) -> list[str]:
         config = settings.settings(checkpoint.config, checkpoint.source)
         config = settings.settle_router(config, None, tensors, checkpoint.source)
         tied = config.setdefault("tie_word_embeddings", "lm_head.weight" not in tensors)
-        args = settings.dense_args(config) if kind == "dense" else ModelArgs.from_dict(config)
+        args = settings.dense_args(config) if kind == "dense" else Config.from_dict(config)
         tensors = settings.with_output_biases(checkpoint.config, checkpoint.source, plan.kept(tensors, tied))
         misfits = plan.misfits(tensors, plan.expected_shapes(args, dense=kind == "dense"))
     except DuoError as error:

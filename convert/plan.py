@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duo_mlx.arguments import ModelArgs
+from duo_mlx.config import Config
 from duo_mlx.convert.keymaps import KeyMap
 from duo_mlx.convert.tensors import Tensor, Tensors
 from duo_mlx.errors import DuoError
@@ -71,7 +71,7 @@ def mapped(tensors: Tensors, keymap: KeyMap, config: Mapping[str, Any], source: 
         raise DuoError(f"{source}: {error}") from None
 
 
-def empty_model(args: ModelArgs) -> "Model":
+def empty_model(args: Config) -> "Model":
     """The model with weights that are never computed: it is there for their names and shapes.
 
     Raises:
@@ -85,7 +85,7 @@ def empty_model(args: ModelArgs) -> "Model":
         raise DuoError(f"config.json: no model can be made of it: {' '.join(str(error).split())}") from error
 
 
-def expected_shapes(args: ModelArgs, dense: bool = False) -> dict[str, tuple[int, ...]]:
+def expected_shapes(args: Config, dense: bool = False) -> dict[str, tuple[int, ...]]:
     """The canonical names of a model's weights and their shapes; ``dense``: of one without small FFNs and routers.
 
     They are said here once more, in the model's order, because the model needs mlx-lm, which takes seconds to import.
@@ -117,7 +117,7 @@ def expected_shapes(args: ModelArgs, dense: bool = False) -> dict[str, tuple[int
     return shapes
 
 
-def _attention_shapes(args: ModelArgs, prefix: str) -> dict[str, tuple[int, ...]]:
+def _attention_shapes(args: Config, prefix: str) -> dict[str, tuple[int, ...]]:
     width = args.head_dim or args.hidden_size // args.num_attention_heads
     rows = {"q": args.num_attention_heads, "k": args.num_key_value_heads, "v": args.num_key_value_heads}
     shapes: dict[str, tuple[int, ...]] = {}

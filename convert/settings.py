@@ -1,4 +1,4 @@
-"""The settings of a source: someone's config.json in the words of `duo_mlx.model.ModelArgs`, or a line why not.
+"""The settings of a source: someone's config.json in the words of `duo_mlx.model.Config`, or a line why not.
 
 Dense models of three families can be said in llama's words: llama itself, mistral (one sliding window everywhere) and
 qwen2 (biases on q, k and v). Whatever would make the same weights mean something else (another activation, q and k
@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from duo_mlx.arguments import ModelArgs
+from duo_mlx.config import Config
 from duo_mlx.convert.tensors import DTYPES, Tensor, Tensors
 from duo_mlx.errors import DuoError
 
@@ -82,7 +82,7 @@ def family(config: Mapping[str, Any], source: Path) -> str:
 
 
 def settings(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """A config.json that ModelArgs and mlx-lm's llama read as ``source`` means it.
+    """A config.json that Config and mlx-lm's llama read as ``source`` means it.
 
     Of a Duo ``model_type`` becomes "duo", of a dense model "llama". Keys of no concern stay. A head that nobody says to
     be tied or not is left to `settle_head`.
@@ -284,6 +284,6 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return {key: dtype if key in ("dtype", "torch_dtype") else value for key, value in config.items()}
 
 
-def dense_args(config: Mapping[str, Any]) -> ModelArgs:
+def dense_args(config: Mapping[str, Any]) -> Config:
     """The arguments of a dense model's `settings`; its small FFN has the least width, as arguments must have one."""
-    return ModelArgs.from_dict({**config, "small_intermediate_size": 1})
+    return Config.from_dict({**config, "small_intermediate_size": 1})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from duo_mlx.arguments import ModelArgs
+from duo_mlx.config import Config
 from duo_mlx.convert import keymaps, plan, readers, settings
 from duo_mlx.convert.readers.text import is_file, read_object
 from duo_mlx.convert.tensors import Checkpoint, Tensor
@@ -85,7 +85,7 @@ def open_source(
     _check_kind(made, tensors, name, graft)
     tensors = settings.with_output_biases(checkpoint.config, name, tensors)
     made = settings.settle_head(settings.settle_router(made, router_choices, tensors, name), tensors, name)
-    args = settings.dense_args(made) if graft else ModelArgs.from_dict(made)
+    args = settings.dense_args(made) if graft else Config.from_dict(made)
     tensors = plan.kept(tensors, args.tie_word_embeddings)
     if dtype is not None:
         tensors = {key: tensor.astype(dtype) for key, tensor in tensors.items()}

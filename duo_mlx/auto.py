@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from duo_mlx import masked
 from duo_mlx.errors import DuoError
-from duo_mlx.ffns import FFNs, nbytes
+from duo_mlx.ffn import FFNs, nbytes
 from duo_mlx.kernels import fused, launch, selfcheck, verdicts
 
 FEW = fused.ROWS  # tokens of a pass that decodes; more is a prefill

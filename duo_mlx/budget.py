@@ -25,15 +25,15 @@ def best_pattern(model: Model, spec: str) -> Routes:
     Raises:
         DuoError: no such number, the model has no measured patterns, or none is within the budget.
     """
-    layers = model.args.num_hidden_layers
-    if not model.args.best_patterns:
+    layers = model.config.num_hidden_layers
+    if not model.config.best_patterns:
         raise DuoError(
             f"route {spec!r}: this model's config.json has no best_patterns; "
             "measure them with duo-mlx convert MODEL DST --calibrate TEXT"
         )
-    known = [parse_pattern(known["pattern"], layers) for known in model.args.best_patterns]
-    patterns = model.args.realised(np.stack(known))
-    losses = np.array([known["loss"] for known in model.args.best_patterns])
+    known = [parse_pattern(known["pattern"], layers) for known in model.config.best_patterns]
+    patterns = model.config.realised(np.stack(known))
+    losses = np.array([known["loss"] for known in model.config.best_patterns])
     text = spec.removeprefix(PREFIX)
     if text.isascii() and text.isdigit():
         bigs = (patterns == Route.BIG).sum(axis=1)
@@ -53,7 +53,7 @@ def best_pattern(model: Model, spec: str) -> Routes:
 def shares_of_bytes(model: Model, patterns: Routes) -> np.ndarray:
     """Weight bytes that a token reads under each of ``patterns [..., layers]``, over those of all big."""
     table = cost.weight_bytes(model)
-    everything = table.of(np.full(model.args.num_hidden_layers, Route.BIG, np.uint8))
+    everything = table.of(np.full(model.config.num_hidden_layers, Route.BIG, np.uint8))
     return np.asarray(table.of(patterns) / everything)
 
 

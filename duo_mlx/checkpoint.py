@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from duo_mlx import shards
+from duo_mlx.device import on_cpu
 from duo_mlx.errors import DuoError
 from duo_mlx.files import output_file, write_text
 from duo_mlx.routes import Route, Routes
@@ -60,19 +61,21 @@ def load(
         dtype: of the floating-point weights. None: as stored, but float32 on the CPU, where MLX computes nothing
             else at speed.
         lazy: leave each weight unread until it is used.
-        fuse: decode faster; the weights must not be changed afterwards, see `Model.fuse`.
+        fuse: decode faster on a CPU; the weights must not be changed afterwards, see `duo_mlx.cpu`.
 
     Raises:
         DuoError: there is no such model, it is no Duo model, or its files are damaged.
     """
     directory = resolve(path, revision)
     model = read_model(directory)
-    if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
+    if dtype is None and on_cpu():
         dtype = mx.float32
     if dtype is not None:
         model.set_dtype(dtype)
-    if fuse:
-        model.fuse()
+    if on_cpu():
+        from duo_mlx import cpu  # a Mac has no use for it
+
+        cpu.quicken(model, fuse)
     if not lazy:
         read_weights(model)
     return model, read_tokenizer(directory, read_config(directory))
@@ -81,8 +84,8 @@ def load(
 def read_weights(model: "Model", pattern: Routes | None = None) -> None:
     """Read the weights of a model that was loaded lazily, but for FFNs that no route of a ``pattern [layers]`` uses."""
     unused: set[int] = set()
-    for layer, route in zip(model.layers, () if pattern is None else pattern.tolist(), strict=False):
-        modules = {Route.BIG: layer.mlp.big, Route.SMALL: layer.mlp.small}
+    for ffn, route in zip(model.ffns, () if pattern is None else pattern.tolist(), strict=False):
+        modules = {Route.BIG: ffn.big, Route.SMALL: ffn.small}
         used = modules.pop(Route(route), None)
         unused |= {
             id(each) for module in modules.values() if module is not used for each in parameters(module).values()

@@ -22,13 +22,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
 from duo_mlx import auto, masked
 from duo_mlx.errors import DuoError
-from duo_mlx.ffns import FFN, FFNs
+from duo_mlx.ffn import FFN, FFNs
 from duo_mlx.kernels import fused, launch
 from duo_mlx.router import Router
 from duo_mlx.routes import Route, Routes, check_routes
@@ -103,25 +102,24 @@ def _shared(routes: Routes) -> Route | Routes:
     return Route(int(first)) if routes.size == 1 or (routes == first).all() else routes.astype(np.uint8, copy=False)
 
 
-def decide(
-    entry: LayerRoutes | Router, layer: int, h: mx.array, norm: nn.RMSNorm, ffns: FFNs, strategy: str
-) -> tuple[mx.array, LayerRoutes, str]:
-    """``norm(h)``, the layer's routes, and the strategy that carries them out.
+def decide(entry: LayerRoutes | Router, layer: int, x: mx.array, ffns: FFNs, strategy: str) -> tuple[LayerRoutes, str]:
+    """The routes of a layer's tokens, and the strategy that carries them out.
 
-    A router is asked for them, and ``sync`` reads what the device knows.
+    A router is asked for them with the normalised ``x [..., hidden]``, and ``sync`` reads what the device knows.
 
     Raises:
         DuoError: the strategy cannot run here.
     """
+    route: LayerRoutes
     if isinstance(entry, Router):
-        by = resolve(strategy, ffns, h, "device")
-        x, route = entry.decide(layer, h, norm, in_one_kernel=by == "fused")
+        by = resolve(strategy, ffns, x, "device")
+        route = entry.decide(layer, x, in_one_kernel=by == "fused")
     elif isinstance(entry, mx.array):
-        by, x, route = resolve(strategy, ffns, h, "device"), norm(h), entry
+        by, route = resolve(strategy, ffns, x, "device"), entry
     else:
         one = isinstance(entry, Route) and strategy != "dense"
-        return norm(h), entry, "planned" if one or strategy == "sync" else resolve(strategy, ffns, h, "host")
-    return (x, _shared(read(route)), by) if by == "sync" else (x, route, by)
+        return entry, "planned" if one or strategy == "sync" else resolve(strategy, ffns, x, "host")
+    return (_shared(read(route)), by) if by == "sync" else (route, by)
 
 
 def resolve(strategy: str, ffns: FFNs, x: mx.array, known_by: str) -> str:
@@ -142,58 +140,69 @@ def resolve(strategy: str, ffns: FFNs, x: mx.array, known_by: str) -> str:
     return strategy
 
 
-def run(ffns: FFNs, x: mx.array, route: LayerRoutes, by: str, residual: mx.array) -> mx.array:
-    """``residual`` plus the routed FFNs' output for the normalised ``x``, all ``[..., hidden]``; routes are ``[...]``.
+def run(ffns: FFNs, x: mx.array, route: LayerRoutes, by: str, residual: mx.array | None = None) -> mx.array:
+    """The routed FFNs' output for the normalised ``x``, both ``[..., hidden]``, with zeros where a token skips.
 
-    ``by`` is the strategy that `decide` found.
+    Args:
+        ffns: a layer's.
+        x: the input.
+        route: ``[...]``.
+        by: the strategy that `decide` found.
+        residual: what to add, ``[..., hidden]``, for FFNs whose modules take it as a second argument; None: nothing.
     """
     if isinstance(route, Route) and by != "dense":
-        out = residual if route is Route.SKIP else _module(ffns, route)(x, residual)
+        if route is Route.SKIP:
+            out = mx.zeros_like(x) if residual is None else residual
+        else:
+            module = _module(ffns, route)
+            out = module(x) if residual is None else module(x, residual)
     else:
-        out = RUN[by](ffns, x, route, residual)
+        out = RUN[by](ffns, x, route)
+        out = out if residual is None else residual + out
     if by == "sync":
         mx.async_eval(out)  # the device works while the host builds the next layer, up to the route that it waits for
     return out
 
 
-def keep_unless_skipped(values: mx.array, route: LayerRoutes) -> mx.array:
-    """``values [..., hidden]`` with zeros at the tokens that skip the layer."""
+def unless_skipped(values: mx.array, otherwise: mx.array, route: LayerRoutes) -> mx.array:
+    """``values [..., hidden]``, or ``otherwise`` at the tokens that skip the layer."""
     if isinstance(route, Route):
-        return mx.zeros_like(values) if route is Route.SKIP else values
-    return mx.where(_on_device(route)[..., None] == Route.SKIP, mx.zeros((), values.dtype), values)
+        return otherwise if route is Route.SKIP else values
+    return mx.where(_on_device(route)[..., None] == Route.SKIP, otherwise, values)
 
 
 def _on_device(route: Routes | mx.array) -> mx.array:
     return route if isinstance(route, mx.array) else mx.array(route)
 
 
-def _dense(ffns: FFNs, x: mx.array, route: LayerRoutes, residual: mx.array) -> mx.array:
+def _dense(ffns: FFNs, x: mx.array, route: LayerRoutes) -> mx.array:
     column = mx.array(int(route)) if isinstance(route, Route) else _on_device(route)[..., None]
     nothing = mx.zeros((), x.dtype)
     small_or_nothing = mx.where(column == Route.SMALL, ffns.small(x), nothing)
-    return residual + mx.where(column == Route.BIG, ffns.big(x), small_or_nothing)
+    return mx.where(column == Route.BIG, ffns.big(x), small_or_nothing)
 
 
-def _planned(ffns: FFNs, x: mx.array, route: Routes | mx.array, residual: mx.array) -> mx.array:
+def _planned(ffns: FFNs, x: mx.array, route: Routes | mx.array) -> mx.array:
     if isinstance(route, mx.array):
         raise DuoError("strategy 'planned' needs routes that the host knows; use dense, sorted or sync")
     out = mx.zeros((), x.dtype)
     column = mx.array(route)[..., None]
     for needed in np.unique(route[route != Route.SKIP]).tolist():
         out = mx.where(column == needed, _module(ffns, Route(needed))(x), out)
-    return residual + out
+    return out
 
 
-def _sorted(ffns: FFNs, x: mx.array, route: Routes | mx.array, residual: mx.array) -> mx.array:
+def _sorted(ffns: FFNs, x: mx.array, route: Routes | mx.array) -> mx.array:
     rows = x.reshape(-1, x.shape[-1])
     order, back, skips, smalls = _grouping(route)
-    bigs = rows.shape[0] - skips - smalls
+    bigs = len(rows) - skips - smalls
     parts = [mx.zeros((skips, rows.shape[1]), x.dtype)] if skips else []
     for count, start, module in ((smalls, skips, ffns.small), (bigs, skips + smalls, ffns.big)):
         if count:  # a quantised product over no rows kills the process
-            parts.append(module(rows[order[start : start + count]]))
+            # as one sequence: experts take no rows alone
+            parts.append(module(rows[order[start : start + count]][None])[0])
     grouped = mx.concatenate(parts) if len(parts) > 1 else parts[0]
-    return residual + grouped[back].reshape(x.shape)
+    return grouped[back].reshape(x.shape)
 
 
 def _grouping(route: Routes | mx.array) -> tuple[mx.array, mx.array, int, int]:
@@ -209,12 +218,12 @@ def _grouping(route: Routes | mx.array) -> tuple[mx.array, mx.array, int, int]:
     return mx.array(host), mx.array(back), int(counts[Route.SKIP]), int(counts[Route.SMALL])
 
 
-def _masked(ffns: FFNs, x: mx.array, route: Routes | mx.array, residual: mx.array) -> mx.array:
-    return residual + masked.run(ffns, x, _on_device(route))
+def _masked(ffns: FFNs, x: mx.array, route: Routes | mx.array) -> mx.array:
+    return masked.run(ffns, x, _on_device(route))
 
 
-def _fused(ffns: FFNs, x: mx.array, route: Routes | mx.array, residual: mx.array) -> mx.array:
-    return fused.ffn(ffns, x, _on_device(route), residual)
+def _fused(ffns: FFNs, x: mx.array, route: Routes | mx.array) -> mx.array:
+    return fused.ffn(ffns, x, _on_device(route))
 
 
 def _module(ffns: FFNs, route: Route) -> FFN:

@@ -7,12 +7,20 @@ as FLOPs; the embedding counts as one row; a tied head is read whole, as a head 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from numpy.typing import NDArray
 
-from duo_mlx.ffns import nbytes
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.config import Config
+from duo_mlx.errors import DuoError
+from duo_mlx.ffn import nbytes
+from duo_mlx.model import Model
 from duo_mlx.routes import Route, Routes
 
 
@@ -32,9 +40,9 @@ class RouteTable:
         return RouteTable(self.fixed + other.fixed, self.by_route + other.by_route)
 
 
-def layer_parameters(args: ModelArgs) -> RouteTable:
+def layer_parameters(args: Config) -> RouteTable:
     """Parameters of the layers' matrices that one token meets; embedding and head are left out (``fixed`` is 0)."""
-    head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
+    head_dim = args.head_dim
     queries = 2 * args.hidden_size * args.num_attention_heads * head_dim  # q_proj and o_proj
     keys = 2 * args.hidden_size * args.num_key_value_heads * head_dim  # k_proj and v_proj, which even a skip writes
     small, big = (3 * args.hidden_size * inner for inner in (args.small_intermediate_size, args.intermediate_size))
@@ -46,9 +54,9 @@ def layer_parameters(args: ModelArgs) -> RouteTable:
     return RouteTable(0, by_route)
 
 
-def flops(args: ModelArgs, context: int) -> RouteTable:
+def flops(args: Config, context: int) -> RouteTable:
     """FLOPs of one token that attends to ``context`` positions: two per parameter, and those of attention itself."""
-    head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
+    head_dim = args.head_dim
     matrices = layer_parameters(args)
     attention = 4 * args.num_attention_heads * head_dim * _attended(args, context)
     if args.skip_scope == "layer":
@@ -59,26 +67,54 @@ def flops(args: ModelArgs, context: int) -> RouteTable:
 def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
     """Bytes of weights that decoding one token reads, from the sizes of the arrays that the model really holds.
 
-    ``by_router``: the model's own router decides, so its weights are read, too.
+    Of experts it reads the active ones. A layer's norms count whatever its route is.
+
+    Args:
+        model: a Duo.
+        by_router: the model's own router decides, so its weights are read, too.
     """
-    row = nbytes(model.model.embed_tokens) // model.args.vocab_size
-    by_route = np.zeros((model.args.num_hidden_layers, len(Route)), np.int64)
-    for costs, layer in zip(by_route, model.layers, strict=True):
-        before = nbytes(layer.input_layernorm)
-        attention, norm = before + nbytes(layer.self_attn), nbytes(layer.post_attention_layernorm)
-        costs[Route.BIG] = attention + norm + nbytes(layer.mlp.big)
-        costs[Route.SMALL] = attention + norm + nbytes(layer.mlp.small)
-        costs[Route.SKIP] = attention
-        if layer.skips_attention:
-            costs[Route.SKIP] = before + nbytes(layer.self_attn.k_proj) + nbytes(layer.self_attn.v_proj)
+    row = nbytes(model.embedding) // model.config.vocab_size
+    blocks, by_route = list(model.layers), np.zeros((model.config.num_hidden_layers, len(Route)), np.int64)
+    for index, (costs, block, ffn) in enumerate(zip(by_route, blocks, model.ffns, strict=True)):
+        costs[:] = nbytes(block) - nbytes(ffn)
+        if model.parts is not None:
+            costs[Route.SKIP] = model.parts[index].skipped_bytes()
+        costs[Route.BIG] += active_bytes(ffn.big)
+        costs[Route.SMALL] += active_bytes(ffn.small)
         if by_router:
-            costs += nbytes(layer.mlp.router)
-    return RouteTable(nbytes(model.table) + row + nbytes(model.model.norm), by_route)
+            costs += nbytes(ffn.router)
+    tied = model.table is model.embedding
+    outside = nbytes(model) - sum(map(nbytes, blocks)) - (0 if tied else nbytes(model.embedding))
+    return RouteTable(outside + row, by_route)
+
+
+def active_bytes(module: nn.Module) -> int:
+    """Bytes of an FFN's weights that one token reads: all, but of experts those that are chosen for it."""
+    read = nbytes(module)
+    for part in module.modules():
+        if isinstance(part, SwitchLinear | QuantizedSwitchLinear):
+            experts = part.weight.shape[0]
+            chosen = chosen_experts(module)
+            read -= nbytes(part) * (experts - chosen) // experts
+    return read
+
+
+def chosen_experts(module: nn.Module) -> int:
+    """How many experts a token goes to.
+
+    Raises:
+        DuoError: the module does not say under a known name.
+    """
+    for part in module.modules():
+        for name in ("top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per_tok", "k"):
+            if type(value := getattr(part, name, None)) is int:
+                return value
+    raise DuoError(f"{type(module).__name__}: does not say how many experts a token goes to")
 
 
 def draft_bytes(model: Model) -> RouteTable:
     """As `weight_bytes`, of a step that drafts: of the head it reads the part of ``draft_vocabulary`` alone."""
-    table, args = weight_bytes(model), model.args
+    table, args = weight_bytes(model), model.config
     unread = nbytes(model.table) // args.vocab_size * (args.vocab_size - args.draft_vocabulary)
     return RouteTable(table.fixed - unread, table.by_route)
 
@@ -90,7 +126,7 @@ def pass_bytes(model: Model, table: RouteTable | None = None) -> Callable[[Route
     token reads; None: `weight_bytes`.
     """
     table = weight_bytes(model) if table is None else table
-    small = np.array([nbytes(layer.mlp.small) for layer in model.layers])
+    small = np.array([nbytes(ffn.small) for ffn in model.ffns])
 
     @lru_cache(maxsize=1024)  # rounds of speculation ask before every pass, mostly for the same routes
     def read(routes: bytes) -> int:
@@ -105,11 +141,10 @@ def pass_bytes(model: Model, table: RouteTable | None = None) -> Callable[[Route
 
 def cache_bytes(model: Model, context: int) -> RouteTable:
     """Bytes of an unquantised KV cache that one token reads when it attends to ``context`` positions."""
-    args = model.args
-    head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
-    position = 2 * args.num_key_value_heads * head_dim * model.model.norm.weight.dtype.size
-    by_route = position * _attended(args, context)
-    if args.skip_scope == "layer":
+    position, windows = _positions(model)
+    seen = np.array([min(context, window or context) for window in windows])
+    by_route = np.repeat((position * seen)[:, None], len(Route), axis=1)
+    if model.parts is not None:
         by_route[:, Route.SKIP] = position  # its own keys and values are still written
     return RouteTable(0, by_route)
 
@@ -119,25 +154,45 @@ def pass_cache_bytes(model: Model) -> Callable[[Routes, int], int]:
 
     As `cache_bytes`, with what a layer's dearest token reads. The context is the number of positions attended to.
     """
-    args, window = model.args, model.args.sliding_window
-    position = int(cache_bytes(model, 1).by_route[0, Route.BIG])
-    slides = np.array([kind == "sliding_attention" for kind in args.layer_types])
+    position, windows = _positions(model)
+    limits = np.array([window or np.iinfo(np.int64).max for window in windows])
 
     @lru_cache(maxsize=1024)
-    def layers(routes: bytes) -> tuple[int, int, int]:
-        """How many attend to all positions, to those of a window, and write theirs alone."""
-        rows = np.frombuffer(routes, np.uint8).reshape(-1, len(slides))
-        attend = (rows != Route.SKIP).any(axis=0) | (args.skip_scope != "layer")
-        return int((attend & ~slides).sum()), int((attend & slides).sum()), int((~attend).sum())
+    def layers(routes: bytes) -> NDArray[np.bool_]:
+        """Which layers attend; the others write their keys and values alone."""
+        rows = np.frombuffer(routes, np.uint8).reshape(-1, len(windows))
+        attends: NDArray[np.bool_] = (rows != Route.SKIP).any(axis=0) | (model.parts is None)
+        return attends
 
     def read(routes: Routes, context: int) -> int:
-        whole, windows, written = layers(routes.astype(np.uint8, copy=False).tobytes())
-        return position * (whole * context + windows * min(context, window or context) + written)
+        attends = layers(routes.astype(np.uint8, copy=False).tobytes())
+        return int((position * np.where(attends, np.minimum(limits, context), 1)).sum())
 
     return read
 
 
-def _attended(args: ModelArgs, context: int) -> NDArray[np.int64]:
+def windows(model: Model) -> list[int | None]:
+    """How many positions each layer's attention sees; None where it sees all."""
+    return [cache.max_size if isinstance(cache, RotatingKVCache) else None for cache in model.make_cache()]
+
+
+def _positions(model: Model) -> tuple[NDArray[np.int64], list[int | None]]:
+    """Bytes of a position's keys and values in each layer, and `windows`. What a pass writes is built, not computed."""
+    sizes = []
+    for tokens in (1, 2):
+        cache = model.make_cache()
+        model(mx.zeros((1, tokens), mx.uint32), cache, routes=[Route.BIG] * model.config.num_hidden_layers)
+        sizes.append([_held(layer) for layer in cache])
+    return np.array(sizes[1], np.int64) - np.array(sizes[0], np.int64), windows(model)
+
+
+def _held(cache: Any) -> int:
+    """Bytes of the positions that a layer's cache holds."""
+    state: Any = tree_flatten(cache.state)
+    return sum(array.nbytes for _, array in state if isinstance(array, mx.array))
+
+
+def _attended(args: Config, context: int) -> NDArray[np.int64]:
     """To how many of ``context`` positions a token attends, ``[layers, 3]``."""
     within = min(context, args.sliding_window or context)
     by_layer = [within if kind == "sliding_attention" else context for kind in args.layer_types]

@@ -47,14 +47,14 @@ def policy_of(model: Model, route: str | None, seed: int = 0) -> Source:
     Raises:
         DuoError: what is wrong with ``route``, in one line.
     """
-    spec = route or model.args.default_route
+    spec = route or model.config.default_route
     if spec.startswith(budget.PREFIX):
         return FixedPolicy(budget.best_pattern(model, spec))
     if spec == "router":
         return model.router()
     if spec.startswith(threshold.PREFIX):
-        return model.router(threshold.offsets(model.args, spec))
-    return parse_route(spec, model.args.num_hidden_layers, seed)
+        return model.router(threshold.offsets(model.config, spec))
+    return parse_route(spec, model.config.num_hidden_layers, seed)
 
 
 def draft_spec(model: Model, speculate: str) -> str:
@@ -63,12 +63,12 @@ def draft_spec(model: Model, speculate: str) -> str:
     Raises:
         DuoError: the model has none.
     """
-    if speculate == "default" and not model.args.default_draft:
+    if speculate == "default" and not model.config.default_draft:
         raise DuoError(
             "speculate default: this model's config.json has no default_draft; "
             "duo-mlx bench draft --model DIR --store finds one"
         )
-    return model.args.default_draft if speculate == "default" else speculate
+    return model.config.default_draft if speculate == "default" else speculate
 
 
 def pattern_of(model: Model, option: str, spec: str, drafts: bool = False) -> Routes:
@@ -85,7 +85,7 @@ def pattern_of(model: Model, option: str, spec: str, drafts: bool = False) -> Ro
         raise DuoError(f"{option} {spec}: {error}") from None
     if not isinstance(policy, FixedPolicy):
         raise DuoError(f"{option} {spec}: must be one pattern for all tokens, such as small, BBss or budget:K")
-    return model.args.realised(policy.pattern)
+    return model.config.realised(policy.pattern)
 
 
 def encode(tokenizer: TokenizerWrapper, prompt: str | list[int]) -> list[int]:
@@ -110,7 +110,7 @@ def room(model: Model, policy: Source, prompt_tokens: int) -> int | None:
         DuoError: the prompt alone is longer than the model's context or than the routes to replay.
     """
     limits = [
-        (model.args.max_position_embeddings, "the model's context is"),
+        (model.config.max_position_embeddings, "the model's context is"),
         (None if isinstance(policy, Router) else policy.length, "the routes to replay end after"),
     ]
     left = []

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
-from duo_mlx.ffns import FFN, FFNs
+from duo_mlx.ffn import FFN, FFNs
 from duo_mlx.routes import Route
 
 BLOCK = 64  # of MLX's product; a row of tokens has a mask of its own, so one block spans every output

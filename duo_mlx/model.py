@@ -1,181 +1,100 @@
-"""The Duo architecture: a Llama-like decoder in which every layer has a big and a small FFN side by side.
+"""A Duo language model: mlx-lm's own model of the base's type, whose FFNs are replaced by a big and a small one.
 
-Attention, RoPE variants, sliding windows, masks and caches are mlx-lm's own; what is new here is the pair of FFNs and
-the routes, which are an argument of the pass. The method is Duo-LLM's (arXiv 2410.10846, section "Model").
+Embedding, attention, norms, masks, caches and head are mlx-lm's; `duo_mlx.hosting` says how routes reach the FFNs. The
+method is Duo-LLM's (arXiv 2410.10846, section "Model").
 """
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import KVCache
 from numpy.typing import NDArray
 
-from duo_mlx import conditional
-from duo_mlx.arguments import KnownPattern, ModelArgs
+from duo_mlx import bases, conditional, hosting
+from duo_mlx.config import Config, KnownPattern
 from duo_mlx.errors import DuoError
-from duo_mlx.llama_parts import MLP, Attention, RMSNorm, Rotation
+from duo_mlx.ffn import DuoFFN, GatedFFN, RouterWeights
+from duo_mlx.forward import Forward
+from duo_mlx.hosting import primitives
 from duo_mlx.lookahead import LookAhead
-from duo_mlx.products import few, first, on_cpu, through, times
 from duo_mlx.router import LinearRouter, Router
-from duo_mlx.routes import LETTERS, Route
+from duo_mlx.routes import LETTERS
+from duo_mlx.skipping import Skippable
 
-__all__ = ["KnownPattern", "Model", "ModelArgs"]
+__all__ = ["Config", "KnownPattern", "Model", "ModelArgs"]
 
-
-class RouterWeights(nn.Module):
-    """A layer's linear router; no `nn.Linear`, so that quantising a model leaves the few weights that decide alone."""
-
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.weight = mx.zeros((len(args.router_choices), args.router_width))
-        if args.router_bias:
-            self.bias = mx.zeros(len(args.router_choices))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Logits ``[..., choices]`` in float32 of normalised hidden states ``x [..., hidden]``."""
-        logits = (x @ self.weight.T).astype(mx.float32)
-        return logits + self.bias if "bias" in self else logits
-
-
-class BigOnlyFFN(nn.Module):
-    """A layer's FFN where no small one was made: small is another word for big."""
-
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.big = MLP(args)
-        if args.router_choices:
-            self.router = RouterWeights(args)
-
-    @property
-    def small(self) -> MLP:
-        return self.big
-
-
-class DuoFFN(nn.Module):
-    """A layer's big and small FFN, each SwiGLU; `duo_mlx.conditional` decides which of them runs on what."""
-
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.big = MLP(args)
-        self.small = MLP(
-            replace(args, intermediate_size=args.small_intermediate_size, mlp_bias=args.mlp_bias or args.small_bias)
-        )
-        if args.router_choices:
-            self.router = RouterWeights(args)
-
-
-class Layer(nn.Module):
-    """Attention that all tokens share, then the FFN that each token's route names."""
-
-    def __init__(self, args: ModelArgs, index: int):
-        super().__init__()
-        self.self_attn = Attention(args)
-        self.mlp = DuoFFN(args) if args.has_small(index) else BigOnlyFFN(args)
-        self.input_layernorm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.index = index
-        self.use_sliding = args.layer_types[index] == "sliding_attention"
-        self.skips_attention = args.skip_scope == "layer"
-
-    def __call__(
-        self,
-        x: mx.array,
-        mask: mx.array | str | None,
-        cache: Any,
-        rotate: Rotation,
-        entry: conditional.LayerRoutes | Router,
-        strategy: str,
-    ) -> mx.array:
-        if self.skips_attention:
-            normed, route, by = conditional.decide(entry, self.index, x, self.input_layernorm, self.mlp, strategy)
-            if route is Route.SKIP and by != "dense":
-                return x if cache is None else self._write_only(x, normed, cache, rotate)
-            attended = conditional.keep_unless_skipped(self.self_attn(normed, mask, cache, rotate), route)
-            h = x + attended
-            normed = self.post_attention_layernorm(h)
-        else:
-            h = self.self_attn(self.input_layernorm(x), mask, cache, rotate, residual=x)
-            normed, route, by = conditional.decide(
-                entry, self.index, h, self.post_attention_layernorm, self.mlp, strategy
-            )
-            if route is Route.SKIP and by != "dense":
-                return h
-        return conditional.run(self.mlp, normed, route, by, residual=h)
-
-    def _write_only(self, x: mx.array, normed: mx.array, cache: Any, rotate: Rotation) -> mx.array:
-        written = self.self_attn.remember(normed, cache, rotate)
-        # without this nobody would ask for the write, and step after step it would stay an unevaluated graph
-        after: list[mx.array] = mx.depends([x], list(written))
-        return after[0]
-
-
-class Decoder(nn.Module):
-    """Embedding, layers and the last norm."""
-
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.args = args
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [Layer(args, index) for index in range(args.num_hidden_layers)]
-        self.norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-
-    def __call__(
-        self,
-        h: mx.array,
-        cache: list[Any] | None,
-        routes: list[conditional.LayerRoutes | Router],
-        strategy: str,
-        start: int = 0,
-        stop: int | None = None,
-    ) -> mx.array:
-        """What layers ``start`` to ``stop`` make of ``h [batch, tokens, hidden]``; after the last one comes the norm.
-
-        ``cache`` and ``routes`` have an entry for each layer of the model.
-        """
-        layers = self.layers[start:stop]
-        if not layers:
-            return h
-        caches = cache[start:stop] if cache else [None] * len(layers)
-        masks = self.masks(h, caches, start)
-        rotate = layers[0].self_attn.rotation(h.shape[1], caches[0])
-        single = h.shape[1] == 1  # goes through the layers as [batch, hidden]
-        h = h[:, 0] if single else h
-        for layer, layer_cache, route in zip(layers, caches, routes[start:stop], strict=True):
-            h = layer(h, masks[layer.use_sliding], layer_cache, rotate, route, strategy)
-        h = self.norm(h) if layers[-1] is self.layers[-1] else h
-        return h[:, None] if single else h
-
-    def masks(self, h: mx.array, caches: list[Any], start: int = 0) -> dict[bool, mx.array | str | None]:
-        """The attention masks of a pass over ``h [batch, tokens, hidden]``, by whether a layer's attention slides.
-
-        ``caches`` are those of the layers from ``start`` on.
-        """
-        masks: dict[bool, mx.array | str | None] = {}
-        slides = [layer.use_sliding for layer in self.layers[start : start + len(caches)]]
-        for sliding in sorted(set(slides)):
-            window = self.args.sliding_window if sliding else None
-            masks[sliding] = create_attention_mask(
-                h, caches[slides.index(sliding)], window_size=window, return_array=few(h) and on_cpu()
-            )
-        return masks
+ModelArgs = Config  # mlx-lm's name for what a model file's `Model` takes
+GivenRoutes = NDArray[np.integer] | mx.array | Sequence[int] | Router
 
 
 class Model(nn.Module):
-    """A Duo language model in the form that mlx-lm expects of an architecture."""
+    """A Duo in the form that mlx-lm expects of an architecture.
 
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.args = args
-        self.model_type = args.model_type
-        self.model = Decoder(args)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+    ``Model(config)`` makes a subclass of the base's own class, so everything that mlx-lm's model has is there.
+
+    Args:
+        config: the Duo's configuration.
+
+    Raises:
+        DuoError: mlx-lm has no such base, or none whose FFNs can be replaced.
+    """
+
+    config: Config
+    args: Any  # the base's own
+    base_class: type
+    kind: str  # the base's model_type
+    trunk: Any  # the module that holds the layers
+    ffns: list[DuoFFN]  # of the layers
+    parts: list[Skippable] | None  # of the layers, where a skip bypasses attention, too
+
+    def __new__(cls, config: Config | None = None) -> Self:
+        own: Any = cls if cls is not Model or config is None else _hosted(bases.classes(config.base)[0])
+        made: Self = super().__new__(own)
+        return made
+
+    def __init__(self, config: Config):
+        self.kind = config.base["model_type"]
+        super().__init__(_base_args(config))  # type: ignore[call-arg]
+        self.config = config
+        try:
+            self._host()
+        except DuoError as error:
+            raise DuoError(f"no Duo can be hosted in a {self.kind}: {error}") from None
+
+    def _host(self) -> None:
+        config, blocks = self.config, list(self.layers)
+        if len(blocks) != config.num_hidden_layers:
+            raise DuoError(f"it has {len(blocks)} layers, and its config.json says {config.num_hidden_layers}")
+        if len({id(block) for block in blocks}) != len(blocks):
+            raise DuoError("layers share their weights")
+        trunk = hosting.trunk_of(self, blocks)
+        ffns = [self._replace_ffn(block, index) for index, block in enumerate(blocks)]
+        if len({id(ffn.big) for ffn in ffns}) != len(blocks):
+            raise DuoError("layers share an FFN")
+        parts = None
+        if config.skip_scope == "layer":
+            parts = [Skippable(block, ffn, self.kind) for block, ffn in zip(blocks, ffns, strict=True)]
+        # not as MLX's modules keep their children, or these would be the model's children twice
+        vars(self).update(trunk=trunk, ffns=ffns, parts=parts)
+        for index, block in enumerate(blocks):
+            hosting.open_up(block, hosting.Block, index)
+        hosting.open_up(trunk, hosting.Trunk)
+
+    def _replace_ffn(self, block: nn.Module, index: int) -> DuoFFN:
+        config, name = self.config, hosting.ffn_name(block)
+        small = None
+        if config.has_small(index):
+            width = config.small_intermediate_size
+            small = GatedFFN(config.hidden_size, width, config.small_activation, config.small_bias)
+        router = RouterWeights(config) if config.router_choices else None
+        block[name] = made = DuoFFN(block[name], small, router, index)
+        return made
 
     def __call__(
         self,
@@ -183,58 +102,143 @@ class Model(nn.Module):
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
         *,
-        routes: NDArray[np.integer] | mx.array | list[int] | Router | None = None,
+        routes: GivenRoutes | None = None,
         strategy: str = "auto",
+        **hooks: Any,
     ) -> mx.array:
         """Logits ``[batch, tokens, vocab]`` of ``inputs [batch, tokens]``.
 
         Args:
             inputs: token ids.
             cache: mlx-lm's prompt cache, one entry a layer; None for a pass without one.
-            input_embeddings: ``[batch, tokens, hidden]`` in place of the tokens' own.
+            input_embeddings: ``[batch, tokens, hidden]`` in place of the tokens' own, for bases that take them.
             routes: 0 skip, 1 small, 2 big; ``[layers]``, one pattern for all tokens, or ``[batch, tokens, layers]``.
                 NumPy arrays and lists are known to the host, an `mx.array` to the device. Or a router, which each
                 layer asks. None: the config's ``default_route``.
             strategy: how routes are carried out, see `duo_mlx.conditional`.
+            hooks: see `duo_mlx.forward.Forward`.
 
         Raises:
             DuoError: routes of another shape or with other values, or a strategy that is unknown or cannot run here.
         """
-        h = self.model.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-        chosen = self.args.default_pattern if routes is None else routes
-        planned = conditional.plan(chosen, h.shape[0], h.shape[1], self.args.num_hidden_layers, strategy)
-        return self.head(self.model(h, cache, planned, strategy))
+        given = inputs if input_embeddings is None else input_embeddings
+        rest = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
+        with self.opened(given.shape[0], given.shape[1], routes, strategy, **hooks):
+            logits: mx.array = super().__call__(inputs, cache, **rest)
+        return logits
 
-    def head(self, out: mx.array) -> mx.array:
-        """Logits ``[..., vocab]`` of what the decoder gave, ``[..., hidden]``."""
-        table = self.table
-        if few(out) and type(table) in (nn.Embedding, nn.Linear):
-            return times(out, table.weight)
-        return table.as_linear(out) if self.args.tie_word_embeddings else table(out)
+    @contextmanager
+    def opened(
+        self, batch: int, tokens: int, routes: GivenRoutes | None = None, strategy: str = "auto", **hooks: Any
+    ) -> Iterator[Forward]:
+        """Open a pass over ``[batch, tokens]``; arguments as of a call."""
+        chosen = self.config.default_pattern if routes is None else routes
+        entries = conditional.plan(chosen, batch, tokens, self.config.num_hidden_layers, strategy)
+        with self.carried_out(entries, strategy, **hooks) as made:
+            yield made
+
+    @contextmanager
+    def carried_out(self, entries: list[Any], strategy: str, **hooks: Any) -> Iterator[Forward]:
+        """Open a pass whose routes were planned before (`duo_mlx.conditional.plan`)."""
+        made = Forward(entries, strategy, self.parts, **hooks)
+        with hosting.opened(made):
+            yield made
+
+    def states(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None,
+        entries: list[Any],
+        strategy: str,
+        start: int = 0,
+        stop: int | None = None,
+        hidden: mx.array | None = None,
+        memo: dict[Any, Any] | None = None,
+    ) -> mx.array:
+        """Hidden states ``[batch, tokens, hidden]`` that layers ``start`` to ``stop`` give.
+
+        After the last layer they are the trunk's final ones, which `head` takes.
+
+        Args:
+            inputs: token ids ``[batch, tokens]``.
+            cache: one entry a layer, or None. Those of layers that do not run are not touched.
+            entries: the planned routes of each layer.
+            strategy: how they are carried out.
+            start: the first layer to run.
+            stop: the layer before which to stop; None: none.
+            hidden: what goes into layer ``start``; None: what comes out of the embedding.
+            memo: see `duo_mlx.forward.Forward`.
+        """
+        layers = self.config.num_hidden_layers
+        stop = layers if stop is None else stop
+        if start == 0 and stop == layers and hidden is None:
+            with self.carried_out(entries, strategy, memo=memo):
+                out: mx.array = self.trunk(inputs, cache)
+            return out
+        if cache is not None and start:
+            cache = _of_running(cache, start)
+        left: list[mx.array] = []
+
+        def some(index: int, run: Callable[[mx.array], mx.array], h: mx.array) -> mx.array:
+            if index == start and hidden is not None:
+                h = hidden[:, 0] if h.ndim == 2 else hidden
+            if index == stop:
+                left.append(h[:, None] if h.ndim == 2 else h)
+            return run(h) if start <= index < stop else h
+
+        with self.carried_out(entries, strategy, on_block=some, memo=memo):
+            out = self.trunk(inputs, cache)
+        return left[0] if left else out
+
+    def head(self, final: mx.array) -> mx.array:
+        """Logits ``[batch, tokens, vocab]`` of the trunk's final hidden states ``[batch, tokens, hidden]``."""
+        nothing = mx.zeros(final.shape[:2], mx.uint32)
+        with hosting.opened(Forward([], "auto", final=final)):
+            logits: mx.array = super().__call__(nothing)
+        return logits
 
     def draft_head(self) -> Callable[[mx.array], mx.array]:
-        """`head` for drafts of few tokens, with logits ``[..., draft_vocabulary]``; the weights must not be changed.
+        """`head` for drafts, with logits ``[..., draft_vocabulary]``; the weights must not be changed.
 
         A draft need not know rare tokens (FR-Spec, arXiv 2502.14856), and byte-pair vocabularies begin with the
         frequent ones.
         """
-        return partial(through, first(self.table, self.args.draft_vocabulary))
+        if self.config.draft_vocabulary == self.config.vocab_size:
+            return self.head
+        part = copy.copy(self.table)
+        part.update({name: value[: self.config.draft_vocabulary] for name, value in part.items()})
+        return _product(part)
 
     def draft_from(self, tokens: int) -> None:
         """Let drafts choose from the first ``tokens`` of the vocabulary alone.
 
         Raises:
-            DuoError: it has fewer.
+            DuoError: it has fewer, or the head is more than a product with the vocabulary.
         """
-        if not 1 <= tokens <= self.args.vocab_size:
-            raise DuoError(f"--draft-vocabulary {tokens}: the model's vocabulary has {self.args.vocab_size} tokens")
-        self.args = replace(self.args, draft_vocabulary=tokens)
+        if not 1 <= tokens <= self.config.vocab_size:
+            raise DuoError(f"--draft-vocabulary {tokens}: the model's vocabulary has {self.config.vocab_size} tokens")
+        final = mx.zeros((1, 1, self.config.hidden_size), mx.float32)
+        if primitives(self.head(final)) != primitives(_product(self.table)(final)):
+            raise DuoError(f"--draft-vocabulary: the head of a {self.kind} does more than multiply; leave it out")
+        self.config = self.config.changed(draft_vocabulary=tokens)
 
     @property
     def table(self) -> nn.Module:
         """The vocabulary's, which the head multiplies with: an embedding, or a linear map."""
-        table: nn.Module = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
-        return table
+        inside = {id(module) for module in self.trunk.modules()}
+        for module in self.modules():
+            if id(module) not in inside and isinstance(module, nn.Linear | nn.QuantizedLinear):
+                return module
+        return self.embedding
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The vocabulary's table at the beginning."""
+        for module in self.trunk.children().values():
+            if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+                found: nn.Module = module
+                return found
+        raise DuoError(f"the trunk of a {self.kind} has no embedding")
 
     def router(self, offsets: mx.array | None = None) -> LinearRouter | LookAhead:
         """The model's own router; ``offsets [choices]`` are added to its logits.
@@ -244,38 +248,77 @@ class Model(nn.Module):
         Raises:
             DuoError: the model has none.
         """
-        choices = [LETTERS.index(letter) for letter in self.args.router_choices]
+        choices = [LETTERS.index(letter) for letter in self.config.router_choices]
         if not choices:
             raise DuoError("this model has no router: its config.json has no router_choices")
-        routers = [layer.mlp.router for layer in self.layers]
-        biases = [router.bias for router in routers] if self.args.router_bias else None
+        routers = [ffn.router for ffn in self.ffns]
+        biases = [router.bias for router in routers] if self.config.router_bias else None
         weights = [router.weight for router in routers]
-        if self.args.router_looks_ahead:
-            return LookAhead(weights, choices, self.args.rms_norm_eps, offsets, biases)
+        if self.config.router_looks_ahead:
+            return LookAhead(weights, choices, self.config.norm_eps, offsets, biases)
         return LinearRouter(weights, choices, offsets, biases)
 
-    def fuse(self) -> None:
-        """Decode with fewer and larger products; from then on the weights must not be changed. Numbers stay."""
-        for layer in self.layers:
-            layer.self_attn.fuse()
-            for module in {id(module): module for module in (layer.mlp.big, layer.mlp.small)}.values():
-                module.fuse()
-
     @property
-    def layers(self) -> list[Layer]:
-        layers: list[Layer] = self.model.layers
-        return layers
+    def dtype(self) -> mx.Dtype:
+        """The float type of hidden states."""
+        table = self.embedding
+        found: mx.Dtype = (table.scales if "scales" in table else table.weight).dtype
+        return found
 
-    def make_cache(self) -> list[KVCache | RotatingKVCache]:
-        """One cache a layer; rotating where attention slides."""
-        window = self.args.sliding_window
-        return [RotatingKVCache(max_size=window) if layer.use_sliding else KVCache() for layer in self.layers]
+    def make_cache(self) -> list[Any]:
+        """One cache a layer, as the base makes them."""
+        base = super()
+        made: list[Any] = base.make_cache() if hasattr(base, "make_cache") else [KVCache() for _ in self.layers]
+        return made
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Drop what PyTorch checkpoints hold besides weights: rotary tables and a second copy of a tied head."""
-        dropped = ("lm_head.weight",) if self.args.tie_word_embeddings else ()
+        """Drop what PyTorch checkpoints hold besides weights: rotary tables and a second copy of a tied head.
+
+        A Duo's weights have the names of mlx-lm's model already, so the base's own renaming has nothing to do.
+        """
+        dropped = () if "lm_head" in self else ("lm_head.weight",)
         return {
             name: value
             for name, value in weights.items()
             if not name.endswith("rotary_emb.inv_freq") and name not in dropped
         }
+
+
+@cache
+def _hosted(base: type) -> type[Model]:
+    """The class of Duos in a base, its subclass."""
+    own: dict[str, Any] = {"__module__": __name__, "base_class": base}
+    if hasattr(base, "quant_predicate"):
+        own["quant_predicate"] = property(_quant_predicate)
+    return type("Model", (Model, base), own)
+
+
+def _quant_predicate(model: Model) -> Callable[[str, nn.Module], Any]:
+    """The base's own rule of what to quantise and how, under the names of its FFNs."""
+    rule = model.base_class.quant_predicate.fget(model)  # type: ignore[attr-defined]
+    return lambda path, module, *rest: rule(path.replace(".big.", ".").removesuffix(".big"), module, *rest)
+
+
+def _product(table: nn.Module) -> Callable[[mx.array], mx.array]:
+    """The product with a vocabulary's table."""
+    product: Any = table
+    found: Callable[[mx.array], mx.array] = getattr(product, "as_linear", product)
+    return found
+
+
+def _base_args(config: Config) -> Any:
+    try:
+        return bases.classes(config.base)[1].from_dict(config.base)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        kind = config.base["model_type"]
+        raise DuoError(f"config.json: mlx-lm's {kind} does not take it: {' '.join(str(error).split())}") from None
+
+
+def _of_running(cache: list[Any], start: int) -> list[Any]:
+    """The caches, with those of the layers before ``start`` replaced by such a layer's that runs.
+
+    Masks are made from a first layer's cache, whose positions may be others than those of the layers that run.
+    """
+    running = cache[start:]
+    alike = {type(each): each for each in reversed(running)}
+    return [alike.get(type(each), running[0]) for each in cache[:start]] + running

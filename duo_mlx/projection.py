@@ -18,7 +18,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from duo_mlx.arguments import ModelArgs
+from duo_mlx.config import Config
 from duo_mlx.errors import DuoError
 from duo_mlx.kernels import verdicts
 from duo_mlx.work import ON_DEVICE, Work
@@ -60,17 +60,19 @@ DEFAULT_CHIPS = ("M1", "M4 Pro", "M3 Ultra")
 
 def _llama(
     hidden: int, layers: int, inner: int, heads: int, kv_heads: int, vocabulary: int, tied: bool = True
-) -> ModelArgs:
-    return ModelArgs(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        intermediate_size=inner,
-        small_intermediate_size=inner // 16,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        rms_norm_eps=1e-5,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
+) -> Config:
+    return Config.from_dict(
+        {
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "intermediate_size": inner,
+            "small_intermediate_size": inner // 16,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": vocabulary,
+            "tie_word_embeddings": tied,
+        }
     )
 
 
@@ -232,7 +234,7 @@ def smallest_module(constants: Constants) -> float:
     return constants.bandwidth_bytes_s * constants.dispatch_s
 
 
-def padded_limit(args: ModelArgs, read_back_s: float, flops_s: float) -> float:
+def padded_limit(args: Config, read_back_s: float, flops_s: float) -> float:
     """Tokens of a chunk that do not go to big, below which ``dense`` beats ``sorted`` in a prefill by a router.
 
     ``sorted`` waits for the host once a layer to leave out big where no token needs it. ``dense``, which is what a sort

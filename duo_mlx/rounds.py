@@ -12,6 +12,7 @@ from mlx_lm.generate import generation_stream
 from duo_mlx import conditional, cost
 from duo_mlx.lookahead import LookAhead
 from duo_mlx.model import Model
+from duo_mlx.open_layers import can_open
 from duo_mlx.policies import Policy
 from duo_mlx.routes import Routes
 from duo_mlx.sampling import Sampling, normalised, widened
@@ -128,7 +129,7 @@ class Rounds:
         drafting = self._drafting(start, wanted)
         drafts = len(drafting)
         verifying = patterns(self._model, self._verify, start, start + drafts + 1)
-        shared = shared_layers(drafting, verifying[:-1])
+        shared = shared_layers(drafting, verifying[:-1]) if can_open(self._model) else 0
         with mx.stream(generation_stream):
             before = mx.array([*history[:-1]] if self._processors else [], mx.uint32)
             inputs, hidden, drafted = self._drafts(before, mx.array([[history[-1]]], mx.uint32), drafting, shared)
@@ -143,7 +144,7 @@ class Rounds:
                 found = [instead := self._sampling(verified)]
             logprobs = self._logprobs(verified)
             if isinstance(self._draft, LookAhead):  # the routes after each place, as if the text went on from there
-                ahead = self._draft.routes(self._model.model.embed_tokens(instead), final[0])
+                ahead = self._draft.routes(self._model.embedding(instead), final[0])
                 found.append(ahead.reshape(-1))
             read: Any = mx.concatenate(found).tolist()  # the round's only wait
         accepted = (*read[:drafts], 0).index(0)
@@ -151,7 +152,7 @@ class Rounds:
         chosen = [*read[drafts : drafts + accepted], read[2 * drafts + accepted]]
         if foreseen := read[3 * drafts + 1 :]:
             rows = np.array(foreseen, np.uint8).reshape(drafts + 1, -1)
-            self.foreseen = self._model.args.realised(rows[accepted])
+            self.foreseen = self._model.config.realised(rows[accepted])
         return Round(chosen, logprobs, drafts, *self._reads(start, drafting, verifying, shared))
 
     def step(self, history: Sequence[int], after: Step | None = None) -> Step:
@@ -174,7 +175,7 @@ class Rounds:
     def _drafting(self, start: int, wanted: int) -> Routes:
         """The drafts' routes ``[drafts, layers]`` from position ``start`` on, at most ``wanted``."""
         if isinstance(self._draft, LookAhead):
-            layers = self._model.args.num_hidden_layers
+            layers = self._model.config.num_hidden_layers
             if self.foreseen is None:
                 return np.zeros((0, layers), np.uint8)
             return np.broadcast_to(self.foreseen, (wanted, layers))
@@ -190,13 +191,14 @@ class Rounds:
             The last token and the drafted ones, ``[1, 1]`` each; what the shared layers made of all but the last,
             ``[1, 1, hidden]``; the scores by which the others were drafted, ``[1, draft_vocabulary]``.
         """
-        decoder = self._model.model
         inputs, hidden, scores = [last], [], []
         for pattern in drafting:
-            routes = self._plan(pattern[None])
-            h = decoder(decoder.embed_tokens(inputs[-1]), self._cache, routes, self._strategy, 0, shared)
-            out = decoder(h, self._cache, routes, self._strategy, shared)
-            hidden.append(h)
+            planned = self._plan(pattern[None])
+            if shared:
+                hidden.append(self._states(inputs[-1], planned, 0, shared))
+                out = self._states(inputs[-1], planned, shared, hidden=hidden[-1])
+            else:
+                out = self._states(inputs[-1], planned)
             scores.append(self._scores(self._draft_head(out), before, inputs))
             inputs.append(self._sampling(scores[-1]).astype(mx.uint32)[None])
             mx.async_eval(inputs[-1])  # the device works while the host builds the next step
@@ -204,13 +206,24 @@ class Rounds:
 
     def _verified(self, inputs: list[mx.array], hidden: list[mx.array], verifying: Routes, shared: int) -> mx.array:
         """What the last norm makes of each of the inputs, ``[1, inputs, hidden]``, by the verifying routes."""
-        decoder = self._model.model
-        last = decoder.embed_tokens(inputs[-1])
-        if shared:
-            last = decoder(last, self._cache, self._plan(verifying[-1:]), self._strategy, 0, shared)
-        h = mx.concatenate([*hidden, last], axis=1) if hidden else last
-        final: mx.array = decoder(h, self._cache, self._plan(verifying), self._strategy, shared)
-        return final
+        tokens = mx.concatenate(inputs, axis=1) if len(inputs) > 1 else inputs[0]
+        planned = self._plan(verifying)
+        if not shared:
+            return self._states(tokens, planned)
+        last = self._states(inputs[-1], self._plan(verifying[-1:]), 0, shared)
+        h = mx.concatenate([*hidden, last], axis=1)
+        return self._states(tokens, planned, shared, hidden=h)
+
+    def _states(
+        self,
+        inputs: mx.array,
+        planned: list[Any],
+        start: int = 0,
+        stop: int | None = None,
+        hidden: mx.array | None = None,
+    ) -> mx.array:
+        """As `Model.states`."""
+        return self._model.states(inputs, self._cache, planned, self._strategy, start, stop, hidden)
 
     def _plan(self, routes: Routes) -> list[Any]:
         """An entry a layer from ``routes [tokens, layers]``; not to be changed, since the same plan serves again."""
@@ -229,7 +242,7 @@ class Rounds:
         """
         rows = logits.squeeze(0)
         if self._processors:
-            rows = widened(rows, self._model.args.vocab_size, -mx.inf)
+            rows = widened(rows, self._model.config.vocab_size, -mx.inf)
             seen = mx.concatenate([before, *(each[0] for each in inputs)])
             first = len(seen) - len(rows) + 1
             rows = mx.concatenate(
@@ -264,10 +277,10 @@ class Rounds:
 
 def patterns(model: Model, policy: Policy, start: int, stop: int) -> Routes:
     """A policy's routes at positions ``start`` to ``stop``, ``[stop - start, layers]``, as the model realises them."""
-    layers = model.args.num_hidden_layers
+    layers = model.config.num_hidden_layers
     if start == stop:
         return np.zeros((0, layers), np.uint8)
-    routes = model.args.realised(policy.routes(start, stop))
+    routes = model.config.realised(policy.routes(start, stop))
     return np.broadcast_to(routes, (1, stop - start, layers))[0]
 
 

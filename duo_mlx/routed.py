@@ -8,8 +8,9 @@ import mlx.nn as nn
 import numpy as np
 
 from duo_mlx import conditional
+from duo_mlx.errors import DuoError
 from duo_mlx.lookahead import LookAhead
-from duo_mlx.model import Layer, Model
+from duo_mlx.model import Model
 from duo_mlx.policies import Policy
 from duo_mlx.router import Follow, Recorder, Router
 from duo_mlx.routes import Route, Routes
@@ -46,8 +47,9 @@ class RoutedModel(nn.Module):
         batch, tokens = inputs.shape[:2] if input_embeddings is None else input_embeddings.shape[:2]
         start, self.position = self.position, self.position + tokens
         if isinstance(self.policy, LookAhead):
-            h = self.model.model.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-            return self._looking_ahead(self.policy, h, cache, start)
+            if input_embeddings is not None:
+                raise DuoError("a router that looks ahead needs token ids, not embeddings")
+            return self._looking_ahead(self.policy, inputs, cache, start)
         if isinstance(self.policy, Recorder):
             logits = self.model(inputs, cache, input_embeddings, routes=self.policy, strategy=self.strategy)
             self.decided[self.position - 1] = self.policy.taken
@@ -55,23 +57,27 @@ class RoutedModel(nn.Module):
         routes = self.routes(start, self.position, batch)
         return self.model(inputs, cache, input_embeddings, routes=routes, strategy=self.strategy)
 
-    def _looking_ahead(self, policy: LookAhead, h: mx.array, cache: Any, start: int) -> mx.array:
-        """Logits ``[batch, tokens, vocab]`` of tokens at positions from ``start`` on, with embeddings ``h``."""
-        tokens = h.shape[1]
+    def _looking_ahead(self, policy: LookAhead, inputs: mx.array, cache: Any, start: int) -> mx.array:
+        """Logits ``[batch, tokens, vocab]`` of ``inputs [batch, tokens]`` at positions from ``start`` on."""
+        tokens = inputs.shape[1]
         if cache is None:  # a text of its own, however it is counted
             cache, self.final = self.model.make_cache(), None
         read = min(max(self.prompt - start, 0), tokens)
-        out = [self._pass(h[:, :read], cache, self.model.args.default_pattern)] if read else []
+        out = [self._pass(inputs[:, :read], cache, self.model.config.default_pattern)] if read else []
         for place in range(read, tokens):
-            before = mx.zeros_like(h[:, 0]) if self.final is None else self.final
-            routes = policy.read(h[:, place], before)
-            self.foreseen[start + place] = self.model.args.realised(routes)
-            out.append(self._pass(h[:, place : place + 1], cache, routes[:, None]))
+            token = inputs[:, place : place + 1]
+            embedded = self.model.embedding(token)[:, 0]
+            before = mx.zeros_like(embedded) if self.final is None else self.final
+            routes = policy.read(embedded, before)
+            self.foreseen[start + place] = self.model.config.realised(routes)
+            out.append(self._pass(token, cache, routes[:, None]))
         return self.model.head(mx.concatenate(out, axis=1) if len(out) > 1 else out[0])
 
-    def _pass(self, h: mx.array, cache: Any, routes: Routes) -> mx.array:
-        planned = conditional.plan(routes, h.shape[0], h.shape[1], self.model.args.num_hidden_layers, self.strategy)
-        out = self.model.model(h, cache, planned, self.strategy)
+    def _pass(self, inputs: mx.array, cache: Any, routes: Routes) -> mx.array:
+        planned = conditional.plan(
+            routes, inputs.shape[0], inputs.shape[1], self.model.config.num_hidden_layers, self.strategy
+        )
+        out = self.model.states(inputs, cache, planned, self.strategy)
         self.final = out[:, -1]
         return out
 
@@ -81,22 +87,22 @@ class RoutedModel(nn.Module):
         After the policy's end, where mlx-lm starts one step whose result it drops, they are skip. A router that looks
         ahead has routes of the positions that were passed.
         """
-        args = self.model.args
+        config = self.model.config
         assert not isinstance(self.policy, Recorder), "a router has no routes before its pass"
         if isinstance(self.policy, LookAhead):
-            read = np.broadcast_to(args.realised(args.default_pattern), (batch, args.num_hidden_layers))
+            read = np.broadcast_to(config.realised(config.default_pattern), (batch, config.num_hidden_layers))
             return np.stack([self.foreseen.get(place, read) for place in range(start, stop)], axis=1)
         if self.policy.length is not None and start >= self.policy.length:
-            return np.full(args.num_hidden_layers, Route.SKIP, np.uint8)
-        return args.realised(self.policy.routes(start, stop, batch))
+            return np.full(config.num_hidden_layers, Route.SKIP, np.uint8)
+        return config.realised(self.policy.routes(start, stop, batch))
 
     def taken(self, start: int, stop: int, batch: int = 1) -> Routes:
         """The routes ``[batch, stop - start, layers]`` of the last pass, which was over these positions."""
-        args = self.model.args
+        config = self.model.config
         if isinstance(self.policy, Recorder):
             columns = [np.array(each).reshape(batch, -1) for each in self.policy.taken]
-            return args.realised(np.stack(columns, axis=-1).astype(np.uint8))
-        return np.broadcast_to(self.routes(start, stop, batch), (batch, stop - start, args.num_hidden_layers))
+            return config.realised(np.stack(columns, axis=-1).astype(np.uint8))
+        return np.broadcast_to(self.routes(start, stop, batch), (batch, stop - start, config.num_hidden_layers))
 
     def later(self, position: int) -> Callable[[], Routes]:
         """What gives the first sequence's routes ``[layers]`` at the last position of a pass, when it is called."""
@@ -106,11 +112,12 @@ class RoutedModel(nn.Module):
         for passed in [earlier for earlier in self.decided if earlier < position]:
             del self.decided[passed]  # those of a prompt's chunks
         # each is evaluated with its pass, so that reading it does not wait for the next
-        return lambda: self.model.args.realised(np.array([np.ravel(route[0])[-1] for route in decided], np.uint8))
+        return lambda: self.model.config.realised(np.array([np.ravel(route[0])[-1] for route in decided], np.uint8))
 
     @property
-    def layers(self) -> list[Layer]:
-        return self.model.layers
+    def layers(self) -> list[Any]:
+        layers: list[Any] = self.model.layers
+        return layers
 
     def make_cache(self) -> list[Any]:
         return self.model.make_cache()
@@ -129,12 +136,11 @@ def ask(model: Model, tokens: mx.array, routes: Routes) -> tuple[mx.array, mx.ar
     """
     router = model.router()
     if isinstance(router, LookAhead):
-        h = model.model.embed_tokens(tokens)
-        batch, length = tokens.shape
-        planned = conditional.plan(routes, batch, length, model.args.num_hidden_layers, "sorted")
-        final = model.model(h, None, planned, "sorted")
+        planned = conditional.plan(routes, tokens.shape[0], tokens.shape[1], model.config.num_hidden_layers, "sorted")
+        final = model.states(tokens, None, planned, "sorted")
         before = mx.pad(final[:, :-1], [(0, 0), (1, 0), (0, 0)])
-        return model.head(final), router.logits(mx.stop_gradient(h), mx.stop_gradient(before))
+        embedded = model.embedding(tokens)
+        return model.head(final), router.logits(mx.stop_gradient(embedded), mx.stop_gradient(before))
     follow = Follow(routes)
     logits = model(tokens, routes=follow, strategy="sorted")
     said = [router.logits(layer, mx.stop_gradient(x)) for layer, x in enumerate(follow.inputs)]

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,16 +27,9 @@ class Router(ABC):
         is the input of the layer's FFN, or of its attention where skipping bypasses attention, too.
         """
 
-    def decide(
-        self,
-        layer: int,
-        h: mx.array,
-        norm: nn.RMSNorm,
-        in_one_kernel: bool = False,  # noqa: ARG002
-    ) -> tuple[mx.array, mx.array]:
-        """``norm(h)`` and the routes that `routes` finds from it; a kernel may do both where that is allowed."""
-        x = norm(h)
-        return x, self.routes(layer, x)
+    def decide(self, layer: int, x: mx.array, in_one_kernel: bool = False) -> mx.array:  # noqa: ARG002
+        """The routes that `routes` finds; a kernel may do so where that is allowed."""
+        return self.routes(layer, x)
 
 
 class LinearRouter(Router):
@@ -75,13 +67,11 @@ class LinearRouter(Router):
         largest = mx.argmax(self.logits(layer, x), axis=-1)
         return largest if self._are_indices else self._choices[largest]
 
-    def decide(
-        self, layer: int, h: mx.array, norm: nn.RMSNorm, in_one_kernel: bool = False
-    ) -> tuple[mx.array, mx.array]:
-        rows = h.size // h.shape[-1]
-        if in_one_kernel and auto.router_refusal(h.shape[-1], len(self.choices), rows, h.dtype) is None:
-            return fused.decide(h, norm, self.weights[layer], self.offsets[layer], self.choices)
-        return super().decide(layer, h, norm)
+    def decide(self, layer: int, x: mx.array, in_one_kernel: bool = False) -> mx.array:
+        rows = x.size // x.shape[-1]
+        if in_one_kernel and auto.router_refusal(x.shape[-1], len(self.choices), rows, x.dtype) is None:
+            return fused.decide(x, self.weights[layer], self.offsets[layer], self.choices)
+        return self.routes(layer, x)
 
 
 class Follow(Router):
@@ -106,11 +96,9 @@ class Recorder(Router):
     def routes(self, layer: int, x: mx.array) -> mx.array:
         return self.router.routes(layer, x)
 
-    def decide(
-        self, layer: int, h: mx.array, norm: nn.RMSNorm, in_one_kernel: bool = False
-    ) -> tuple[mx.array, mx.array]:
-        x, route = self.router.decide(layer, h, norm, in_one_kernel)
+    def decide(self, layer: int, x: mx.array, in_one_kernel: bool = False) -> mx.array:
+        route = self.router.decide(layer, x, in_one_kernel)
         if layer == 0:
             self.taken = []
         self.taken.append(route)
-        return x, route
+        return route

@@ -241,7 +241,7 @@ def _mean_bytes(model: Model, policy: Policy, table: cost.RouteTable) -> float:
 
 
 def _check_length(model: Model, lengths: drafting.Lengths) -> None:
-    context = model.args.max_position_embeddings
+    context = model.config.max_position_embeddings
     if isinstance(lengths, drafting.Fixed) and context is not None and lengths.tokens >= context:
         raise DuoError(f"draft_tokens is {lengths.tokens}, but the model's context is {context}; draft fewer")
 

@@ -8,14 +8,14 @@ tenths.
 import mlx.core as mx
 import numpy as np
 
-from duo_mlx.arguments import ModelArgs
+from duo_mlx.config import Config
 from duo_mlx.errors import DuoError
 from duo_mlx.routes import LETTERS, Route
 
 PREFIX = "router:"
 
 
-def offsets(args: ModelArgs, spec: str) -> mx.array:
+def offsets(args: Config, spec: str) -> mx.array:
     """What ``router:SHARE`` adds to the logits, ``[choices]``.
 
     Raises:
@@ -41,6 +41,6 @@ def offsets(args: ModelArgs, spec: str) -> mx.array:
     return of_big(args, float(np.interp(share, shares, moved)))
 
 
-def of_big(args: ModelArgs, offset: float) -> mx.array:
+def of_big(args: Config, offset: float) -> mx.array:
     """``[choices]``, with ``offset`` for big and nothing for the others."""
     return mx.array([offset * (LETTERS.index(letter) == Route.BIG) for letter in args.router_choices], mx.float32)

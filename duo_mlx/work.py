@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from duo_mlx import cost
 from duo_mlx.cost import RouteTable
 from duo_mlx.errors import DuoError
-from duo_mlx.ffns import FFN, nbytes
-from duo_mlx.model import Layer, Model, ModelArgs, RouterWeights
+from duo_mlx.ffn import FFN, nbytes
+from duo_mlx.model import Config, Layer, Model, RouterWeights
 from duo_mlx.routes import LETTERS, Route, Routes
 
 STRATEGIES = ("planned", "fused", "masked", "sync", "sorted", "dense")
@@ -33,7 +33,7 @@ class Work(NamedTuple):
     waits: float  # times that the device stands still until the host has read a route
 
 
-def imagined(args: ModelArgs, bits: int = 16, group_size: int = 64) -> Model:
+def imagined(args: Config, bits: int = 16, group_size: int = 64) -> Model:
     """A model of this shape, with routers, whose arrays have sizes but are never computed.
 
     Args:
@@ -60,9 +60,9 @@ def imagined(args: ModelArgs, bits: int = 16, group_size: int = 64) -> Model:
 
 def with_routers(model: Model) -> Model:
     """The model, whose layers get a router where they have none: every strategy but ``planned`` asks one."""
-    dtype = model.model.norm.weight.dtype
-    for layer in model.layers if not model.args.router_choices else ():
-        layer.mlp.router = RouterWeights(replace(model.args, router_choices=LETTERS))
+    dtype = model.dtype
+    for layer in model.layers if not model.config.router_choices else ():
+        layer.mlp.router = RouterWeights(replace(model.config, router_choices=LETTERS))
         layer.mlp.router.set_dtype(dtype)
     return model
 
@@ -133,7 +133,7 @@ def dispatches(model: Model, strategy: str) -> RouteTable:
     """Kernels that a token starts on a GPU, sampling by argmax included."""
     embedding = 4 if isinstance(model.model.embed_tokens, nn.QuantizedEmbedding) else 1  # three gathers, dequantize
     norm, head, sampling = 1, 1, 3  # logsumexp, its subtraction, argmax
-    names = not LETTERS.startswith(model.args.router_choices)  # the index of the largest logit is not yet the route
+    names = not LETTERS.startswith(model.config.router_choices)  # the index of the largest logit is not yet the route
     by_route = np.array([_layer(layer, strategy, router=2 + names) for layer in model.layers], np.int64)
     return RouteTable(embedding + norm + head + sampling, by_route)
 

@@ -27,7 +27,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from duo_mlx import _blas, checkpoint, products
+from duo_mlx import _blas, checkpoint, cpu
+from duo_mlx.cpu import products
 from duo_mlx.kernels import launch, verdicts
 from duo_mlx.model import Model, ModelArgs
 
@@ -65,7 +66,7 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, n
 
 @pytest.fixture
 def blas(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[_blas.Loaded | None], None]]:
-    """``blas(loaded)``: what OpenBLAS there is, as `duo_mlx.products` sees it."""
+    """``blas(loaded)``: what OpenBLAS there is, as `duo_mlx.cpu.products` sees it."""
 
     def set_to(loaded: _blas.Loaded | None) -> None:
         monkeypatch.setattr(_blas, "preload", lambda: loaded)
@@ -97,6 +98,7 @@ def tiny_model(tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., Mode
             shapes = {name: value.shape for name, value in tree_flatten(model.parameters())}
             weights = random_weights(shapes, seed)
             model.load_weights([(name, mx.array(value)) for name, value in weights.items()])
+            cpu.quicken(model)
             mx.eval(model.parameters(), model(mx.array([[0]])))  # the pass also settles rotary tables
             made[key] = model
         return made[key]
@@ -111,7 +113,7 @@ def llama_twin() -> Callable[..., llama.Model]:
     def make(model: Model, module: str = "big") -> llama.Model:
         config = {name: getattr(model.args, name) for name in llama.ModelArgs.__dataclass_fields__}
         if module == "small":
-            config["intermediate_size"] = model.args.small_intermediate_size
+            config["intermediate_size"] = model.config.small_intermediate_size
         twin = llama.Model(llama.ModelArgs(**config | {"model_type": "llama"}))
         weights = dict(tree_flatten(model.parameters()))
         other = {"big": ".small.", "small": ".big."}[module]

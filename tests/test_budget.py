@@ -39,8 +39,8 @@ def share_by_names(model, pattern):
 
     def read(letters):
         # the head is read whole, and of the embedding a row
-        head = 0 if model.args.tie_word_embeddings else -embedding
-        total = sum(sizes.values()) + head + embedding // model.args.vocab_size
+        head = 0 if model.config.tie_word_embeddings else -embedding
+        total = sum(sizes.values()) + head + embedding // model.config.vocab_size
         for layer, letter in enumerate(letters):
             prefix = f"model.layers.{layer}."
             left_out = {"B": ["mlp.small."], "s": ["mlp.big."], "-": ["mlp.", "post_attention_layernorm."]}[letter]

@@ -45,7 +45,7 @@ def test_parameters_of_the_papers_model():
 def test_weight_bytes_are_those_of_the_arrays(tiny_model, tied):
     model = tiny_model(tie_word_embeddings=tied)
     sizes = {name: value.nbytes for name, value in checkpoint.parameters(model).items()}
-    row = sizes["model.embed_tokens.weight"] // model.args.vocab_size
+    row = sizes["model.embed_tokens.weight"] // model.config.vocab_size
     read = sum(sizes.values()) - (0 if tied else sizes["model.embed_tokens.weight"]) + row
     small = sum(size for name, size in sizes.items() if ".small." in name)
     big = sum(size for name, size in sizes.items() if ".big." in name)
@@ -71,7 +71,7 @@ def test_a_draft_reads_no_more_of_the_head_than_it_multiplies_with(tiny_config, 
     out = mx.random.normal((1, 2, 64), key=mx.random.key(1))
     found, expected = model.draft_head()(out), model.head(out)
     assert found.shape == (1, 2, 24) and mx.allclose(found, expected[..., :24], atol=1e-5)
-    model.args = replace(model.args, draft_vocabulary=0)
+    model.config = replace(model.config, draft_vocabulary=0)
     assert cost.draft_bytes(model).fixed == whole.fixed
     assert mx.allclose(model.draft_head()(out), expected, atol=1e-5)
 

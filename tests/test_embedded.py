@@ -29,7 +29,7 @@ def embedded():
 def loss(model, tokenizer, spec, length=256):
     tokens = tokenizer.encode(HELD_OUT)
     windows = np.array([tokens[at : at + length + 1] for at in range(0, len(tokens) - length, length)])
-    routes = parse_route(spec, model.args.num_hidden_layers).routes(0, length, len(windows))
+    routes = parse_route(spec, model.config.num_hidden_layers).routes(0, length, len(windows))
     logits = model(mx.array(windows[:, :-1]), routes=routes)
     return nn.losses.cross_entropy(logits, mx.array(windows[:, 1:]), reduction="mean").item()
 

@@ -34,7 +34,7 @@ def by_definition(model, policy, count):
     """Greedy tokens and their routes, from one whole pass without a cache for each token."""
     tokens, chosen = list(PROMPT), []
     for _ in range(count):
-        routes = np.broadcast_to(policy.routes(0, len(tokens)), (1, len(tokens), model.args.num_hidden_layers))
+        routes = np.broadcast_to(policy.routes(0, len(tokens)), (1, len(tokens), model.config.num_hidden_layers))
         logits = model(mx.array([tokens]), routes=routes, strategy="dense")
         tokens.append(int(logits[0, -1].argmax().item()))
         chosen.append(routes[0, -1])
@@ -209,7 +209,7 @@ def test_a_stop_token_ends_the_text(loaded):
 
 def test_generation_ends_where_the_context_ends(loaded):
     model, tokenizer = loaded(max_position_embeddings=9)
-    assert room(model, FixedPolicy(model.args.default_pattern), len(PROMPT)) == 4
+    assert room(model, FixedPolicy(model.config.default_pattern), len(PROMPT)) == 4
     assert len(list(duo_mlx.stream_generate(model, tokenizer, PROMPT, max_tokens=50))) == 4
     with pytest.raises(DuoError, match="prompt has 10 tokens, but the model's context is 9"):
         list(duo_mlx.stream_generate(model, tokenizer, [3] * 10))
@@ -225,7 +225,7 @@ def test_no_more_is_generated_than_is_recorded(loaded):
 
 def test_nothing_limits_a_model_without_a_context(loaded):
     model, _ = loaded()
-    assert room(model, FixedPolicy(model.args.default_pattern), 10_000) is None
+    assert room(model, FixedPolicy(model.config.default_pattern), 10_000) is None
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n", []])

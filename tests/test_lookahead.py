@@ -34,7 +34,7 @@ def in_pytorch(tiny_config):
 
     def run(model, ids, **changes):
         reference = DuoModel(
-            DuoConfig.from_dict(tiny_config(router_choices=model.args.router_choices, **AHEAD, **changes))
+            DuoConfig.from_dict(tiny_config(router_choices=model.config.router_choices, **AHEAD, **changes))
         )
         weights = {name: torch.tensor(np.array(each)) for name, each in tree_flatten(model.parameters())}
         reference.load_state_dict(weights, strict=False)
@@ -81,7 +81,7 @@ def test_what_it_would_have_said_names_the_routes_that_it_took(made):
 @pytest.mark.parametrize("chunk", [1, 3, 2048])
 def test_a_prompt_takes_the_default_route_and_each_token_after_it_one_read(saved_ahead, chunk):
     model, tokenizer = saved_ahead
-    prompt, args = [3, 9, 14, 7, 21], model.args
+    prompt, args = [3, 9, 14, 7, 21], model.config
     expected, cache = [], model.make_cache()
     final = model.model(model.model.embed_tokens(mx.array([prompt[:-1]])), cache, conditional.plan(
         args.default_pattern, 1, len(prompt) - 1, LAYERS, "auto"), "auto")[:, -1]  # fmt: skip
@@ -107,7 +107,7 @@ def saved_ahead(saved):
 
 def test_a_threshold_moves_it(made):
     model = made("sB")
-    model.args.__dict__["router_offsets"] = ((0.1, -9.0), (0.9, 9.0))
+    model.config.__dict__["router_offsets"] = ((0.1, -9.0), (0.9, 9.0))
     try:
         shares = []
         for spec in ("router:0.1", "router:0.5", "router:0.9"):
@@ -115,7 +115,7 @@ def test_a_threshold_moves_it(made):
             mx.eval(routed(mx.array(IDS)))
             shares.append((routed.taken(0, TOKENS, 2) == 2).mean())
     finally:
-        model.args.__dict__["router_offsets"] = ()
+        model.config.__dict__["router_offsets"] = ()
     assert shares[0] == 0 and 0 < shares[1] < 1 and shares[2] == 1
 
 

@@ -41,7 +41,7 @@ def test_it_loads_and_runs_its_default_route(saved, default_route, skip_scope):
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(value, theirs[name]).item() for name, value in ours.items())
     tokens = mx.array([PROMPTS[1]])
-    assert mx.array_equal(loaded(tokens), model(tokens, routes=model.args.default_pattern)).item()
+    assert mx.array_equal(loaded(tokens), model(tokens, routes=model.config.default_pattern)).item()
     if default_route != "big":
         assert not mx.allclose(loaded(tokens), model(tokens, routes=[2] * 4), atol=1e-3).item()
 

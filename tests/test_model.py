@@ -19,7 +19,7 @@ from safetensors import safe_open
 import duo_mlx
 from duo_mlx import checkpoint
 from duo_mlx.errors import DuoError
-from duo_mlx.ffns import nbytes
+from duo_mlx.ffn import nbytes
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.routes import Route
 
@@ -356,7 +356,7 @@ def test_sanitize_drops_rotary_tables_and_a_second_copy_of_a_tied_head(tiny_mode
 
 
 def copy_of(model, quantise=None):
-    other = Model(model.args)
+    other = Model(model.config)
     other.load_weights(tree_flatten(model.parameters()))
     if quantise:
         nn.quantize(other, 32, quantise, class_predicate=lambda _, module: isinstance(module, nn.Linear))

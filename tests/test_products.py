@@ -102,7 +102,7 @@ def test_the_head_is_the_same_for_few_tokens_and_for_many(tiny_model, blas, tied
     blas(AVX512)
     model = tiny_model(vocab_size=OUTPUTS, tie_word_embeddings=tied)
     table = model.model.embed_tokens.weight if tied else model.lm_head.weight
-    out = random(*shape, model.args.hidden_size)
+    out = random(*shape, model.config.hidden_size)
     found = model.head(mx.array(out))
     assert found.shape == (*shape, OUTPUTS)
     np.testing.assert_allclose(np.array(found), out @ np.array(table).T, rtol=0, atol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.sample_utils import make_logits_processors
 
 from duo_mlx import checkpoint, conditional, cost, llama_parts
-from duo_mlx.ffns import nbytes
+from duo_mlx.ffn import nbytes
 from duo_mlx.policies import FixedPolicy, ReplayPolicy, parse_route
 from duo_mlx.rounds import Rounds
 from duo_mlx.routed import RoutedModel
@@ -55,7 +55,7 @@ def by_definition(model, verify, draft, count, length):
         drafted = []
         for number in range(min(length, left - 1) if rounds else 0):
             routes = np.concatenate([patterns(verify, 0, known), patterns(draft, known, known + number + 1)], axis=1)
-            known_to_drafts = logits(model, history + drafted, routes)[-1][: model.args.draft_vocabulary]
+            known_to_drafts = logits(model, history + drafted, routes)[-1][: model.config.draft_vocabulary]
             drafted.append(int(known_to_drafts.argmax()))
         whole = history + drafted
         likeliest = logits(model, whole, patterns(verify, 0, len(whole)))[known:].argmax(axis=1).tolist()
@@ -133,7 +133,7 @@ def test_a_pass_over_several_tokens_reads_each_module_once(tiny_model):
     routes = np.stack([parse_pattern(text, LAYERS) for text in ("BB-s", "Bs-s", "BB-s")])
     unread = [".layers.2.mlp.", ".layers.2.post_", ".layers.3.mlp.big."]
     read = sum(size for name, size in sizes.items() if not any(part in name for part in unread))
-    row = sizes["model.embed_tokens.weight"] // model.args.vocab_size
+    row = sizes["model.embed_tokens.weight"] // model.config.vocab_size
     assert cost.pass_bytes(model)(routes) == read + row
     table = cost.weight_bytes(model)
     assert [cost.pass_bytes(model)(each[None]) for each in routes] == table.of(routes).tolist()

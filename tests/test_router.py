@@ -115,7 +115,7 @@ def test_every_strategy_does_what_the_router_says(routed, strategy, cuts, batch,
 def test_a_layer_without_small_does_big_where_the_router_says_small(routed, strategy):
     model, tokens = routed("-sB", small_layers=[1, 2]), tokens_of(2)
     logits, routes = passes(model, model.router(), tokens, PASSES["prefill and decode"], strategy)
-    realised = model.args.realised(routes.astype(np.uint8))
+    realised = model.config.realised(routes.astype(np.uint8))
     assert (realised != routes).any()
     expected = np.array(model(mx.array(tokens), routes=realised, strategy="dense"))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)

@@ -105,7 +105,7 @@ def test_greedy_tokens_are_those_of_the_verifying_route(tiny_model):
     def dearness(changes, spec, seed):
         model = tiny_model(**MODELS[changes])
         many = patterns(route(spec, seed), 0, 1024)
-        return cost.weight_bytes(model).of(model.args.realised(many)).mean()
+        return cost.weight_bytes(model).of(model.config.realised(many)).mean()
 
     @settings(max_examples=1000, deadline=None, derandomize=True)
     @given(CASES)

@@ -92,7 +92,7 @@ def kernels(model, strategy, route, launches, monkeypatch):
         )
 
     monkeypatch.setattr(conditional, "read", answer)
-    routes = np.full(model.args.num_hidden_layers, route, np.uint8) if strategy == "planned" else model.router()
+    routes = np.full(model.config.num_hidden_layers, route, np.uint8) if strategy == "planned" else model.router()
     if strategy != "planned":
         mx.eval(routes.offsets)
     logits = model(mx.array([[1]]), cache=cache, routes=routes, strategy=strategy)[:, -1]

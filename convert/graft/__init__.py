@@ -75,13 +75,15 @@ def graft(
         DuoError: the text is too short, a layer does not exist, or ``work`` is another graft's.
     """
     model = Dense(dense, config)
-    layers = model.args.num_hidden_layers
+    layers = model.config.num_hidden_layers
     chosen = tuple(range(layers)) if settings.small_layers is None else settings.small_layers
     if wrong := [layer for layer in chosen if not 0 <= layer < layers]:
         raise DuoError(f"--small-layers names layer {wrong[0]}, but the {layers} layers are 0 to {layers - 1}")
-    width = model.args.intermediate_size // settings.small_ratio
+    width = model.config.intermediate_size // settings.small_ratio
     if width < 2:
-        raise DuoError(f"--small-ratio {settings.small_ratio} leaves {width} of {model.args.intermediate_size} neurons")
+        raise DuoError(
+            f"--small-ratio {settings.small_ratio} leaves {width} of {model.config.intermediate_size} neurons"
+        )
     windows = cut(ids[: settings.tokens], config)
     state = State(work, _describe(dense, config, settings, windows))
 
@@ -139,14 +141,14 @@ def cut(ids: NDArray[np.integer], config: dict[str, Any]) -> NDArray[np.integer]
 def _graft_layer(model: Dense, index: int, has_small: bool, settings: Graft, width: int, state: State) -> None:
     """Solve a layer's small FFN and carry both prefixes on, from ``state`` and to it."""
     layer = model.layer(index)
-    following = model.layer(index + 1) if index + 1 < model.args.num_hidden_layers else None
+    following = model.layer(index + 1) if index + 1 < model.config.num_hidden_layers else None
     dense, routed = state.load(f"dense-{index}"), state.load(f"routed-{index}")
     bigs = np.empty_like(routed)  # what big says to the routed prefix
     visible = model.visible(layer, WINDOW)
     random = np.random.default_rng([settings.seed, index])
     drawn = random.random((*dense.shape[:2], 1)) < settings.small_share
     big = layer.mlp.big
-    moments = Moments.empty(model.args.hidden_size, model.args.intermediate_size, model.args.hidden_size)
+    moments = Moments.empty(model.config.hidden_size, model.config.intermediate_size, model.config.hidden_size)
     for rows in batches(len(dense)):
         middle = attend(layer, mx.array(dense[rows]), visible)
         after = middle + big(layer.post_attention_layernorm(middle))

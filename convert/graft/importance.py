@@ -64,7 +64,7 @@ def measure_metrics(dense: Dense, windows: NDArray[np.integer], state: State, st
         step: is called after each layer, twice for each.
     """
     windows = windows[:WINDOWS]
-    states, layers = dense.embed(windows), dense.args.num_hidden_layers
+    states, layers = dense.embed(windows), dense.config.num_hidden_layers
     for index in range(layers):
         state.save(f"input-{index}", states)
         layer = dense.layer(index)
@@ -90,7 +90,7 @@ def _of_predictions(dense: Dense, states: NDArray[np.float32]) -> NDArray[np.flo
     weight, head = dense.head()
 
     def logits(h: mx.array) -> mx.array:
-        return mx.fast.rms_norm(h, weight, dense.args.rms_norm_eps) @ head.T
+        return mx.fast.rms_norm(h, weight, dense.config.rms_norm_eps) @ head.T
 
     def said(h: mx.array, tokens: mx.array) -> mx.array:
         return -nn.losses.cross_entropy(logits(h), tokens, reduction="sum")

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx.arguments import ModelArgs
+from duo_mlx.config import Config
 from duo_mlx.convert.settings import dense_args
 from duo_mlx.convert.tensors import Tensors
 from duo_mlx.model import Layer
@@ -21,7 +21,7 @@ class Dense:
 
     def __init__(self, tensors: Tensors, config: dict[str, Any]):
         self.tensors = tensors
-        self.args: ModelArgs = replace(dense_args(config), small_layers=())
+        self.args: Config = replace(dense_args(config), small_layers=())
 
     def _load(self, name: str) -> mx.array:
         return self.tensors[name].load().astype(mx.float32)

@@ -75,7 +75,7 @@ def command(text: Path | None, path: str | None, verify: str, vocabulary: int | 
         model.draft_from(vocabulary)
     pattern = pattern_of(model, "--verify", verify)
     read = reading.read(text, "held_out")
-    length = min(LENGTH, model.args.max_position_embeddings or LENGTH)
+    length = min(LENGTH, model.config.max_position_embeddings or LENGTH)
     windows = reading.windows(read, tokenizer, text_tokens, length)[:, :-1]
     before = system_record()
     with shown() as progress:

@@ -99,22 +99,22 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
 
 def _model(path: str | None, bits: str | None) -> "tuple[Model, str]":
     """The model, of which no weight is read, and what to call it."""
-    from duo_mlx.arguments import ModelArgs
     from duo_mlx.checkpoint import read_config, read_model, resolve
+    from duo_mlx.config import Config
     from duo_mlx.work import imagined, with_routers
 
     directory = resolve(path)
     name = path or "the embedded model"
     if bits is None:
         return with_routers(read_model(directory)), f"{name}, weights as stored"
-    return imagined(ModelArgs.from_dict(read_config(directory)), int(bits)), f"{name}, {bits} bits"
+    return imagined(Config.from_dict(read_config(directory)), int(bits)), f"{name}, {bits} bits"
 
 
 def _context(model: "Model", asked: int | None) -> int:
-    limit = model.args.max_position_embeddings or CONTEXT
+    limit = model.config.max_position_embeddings or CONTEXT
     if asked is None:
         return min(CONTEXT, limit)
-    if model.args.max_position_embeddings and asked > limit:
+    if model.config.max_position_embeddings and asked > limit:
         raise click.UsageError(f"--context {asked}: the model's context is {limit}")
     return asked
 
@@ -127,7 +127,7 @@ def _mix(model: "Model", spec: str) -> "np.ndarray":
     from duo_mlx.policies import FixedPolicy, RandomPolicy, ReplayPolicy, parse_route
     from duo_mlx.work import shares
 
-    layers = model.args.num_hidden_layers
+    layers = model.config.num_hidden_layers
     if spec == "router":
         raise click.UsageError("--route router: its mix is not known before it has run; give random:BIG,SMALL,SKIP")
     policy = FixedPolicy(best_pattern(model, spec)) if spec.startswith(PREFIX) else parse_route(spec, layers)
@@ -199,7 +199,7 @@ def _of_shape(name: str, bits: int, model: "Model", context: int, machines: "lis
         "bits": bits,
         "big_bytes_a_layer": big,
         "dense_beats_sorted_below_tokens": [
-            padded_limit(model.args, wait, flops)
+            padded_limit(model.config, wait, flops)
             for wait, flops in zip((READ_BACK_S[1], READ_BACK_S[2]), COMPUTE_FLOPS_S, strict=True)
         ],
         "on": {
@@ -215,6 +215,6 @@ def _of_shape(name: str, bits: int, model: "Model", context: int, machines: "lis
 
 def _big_bytes(model: "Model") -> float:
     """Bytes of a layer's big FFN, as a mean over the layers."""
-    from duo_mlx.ffns import nbytes
+    from duo_mlx.ffn import nbytes
 
-    return sum(nbytes(layer.mlp.big) for layer in model.layers) / len(model.layers)
+    return sum(nbytes(ffn.big) for ffn in model.ffns) / len(model.layers)

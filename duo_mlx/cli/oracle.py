@@ -93,7 +93,7 @@ def command(
 
     directory = checkpoint.resolve(path, revision)
     model, tokenizer = checkpoint.load(directory)
-    limit = model.args.max_position_embeddings
+    limit = model.config.max_position_embeddings
     if limit is not None and length > limit:
         raise click.UsageError(f"--length {length}: the model's context is {limit}")
     read = reading.read(text, "held_out")

@@ -32,9 +32,8 @@ class Run:
         self.by_router = isinstance(policy, Router | LookAhead)
         self.drafted_by = drafted_by
         if strategy == "auto":  # a single token with host-known routes is always planned
-            weight = model.model.norm.weight
             within = isinstance(policy, Router)
-            strategy = auto.choose(model.layers[0].mlp, 1, weight.dtype, "device") if within else "planned"
+            strategy = auto.choose(model.ffns[0], 1, model.dtype, "device") if within else "planned"
         self.strategy = strategy
         self.seed = seed
         self.text = ""
@@ -110,7 +109,7 @@ class Run:
     def summary(self) -> str:
         """The same figures for a person."""
         results = self.results()
-        total = self.generated * self.model.args.num_hidden_layers
+        total = self.generated * self.model.config.num_hidden_layers
         mix = ", ".join(f"{count / total:.0%} {route}" for route, count in results["routes"].items())
         lines = [
             f"prompt      {results['prompt_tokens']} tokens, first token after {results['ttft_s']:.3f} s",

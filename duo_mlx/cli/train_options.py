@@ -11,7 +11,7 @@ import click
 from duo_mlx.cli.typed import typed
 
 if TYPE_CHECKING:
-    from duo_mlx.model import ModelArgs
+    from duo_mlx.model import Config
     from duo_mlx.training.stage import Stage
     from duo_mlx.training.start import Sizes
 
@@ -120,7 +120,7 @@ def random_routing(options: Mapping[str, Any]) -> dict[str, Any]:
 def run(
     method: str,
     options: Mapping[str, Any],
-    stage: "Callable[[ModelArgs], Stage]",
+    stage: "Callable[[Config], Stage]",
     model: Path | None,
     own: Mapping[str, Any],
     sizes: "Sizes | None" = None,

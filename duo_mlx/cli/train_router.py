@@ -10,7 +10,7 @@ from duo_mlx.cli import train_options
 from duo_mlx.errors import DuoError
 
 if TYPE_CHECKING:
-    from duo_mlx.model import ModelArgs
+    from duo_mlx.model import Config
     from duo_mlx.training.stage import Stage
 
 # equal to WEIGHTS of duo_mlx.training.mixture and TARGETS of duo_mlx.training.gains, which need mlx
@@ -117,7 +117,7 @@ def _train(options: dict[str, Any], budget: float) -> None:
     if objective == "labels":
         labels, own["oracle"] = _labels(options, budget, model)
 
-    def stage(args: "ModelArgs") -> "Stage":
+    def stage(args: "Config") -> "Stage":
         common = (
             choices,
             args.num_hidden_layers,

@@ -10,7 +10,7 @@ from duo_mlx.cli import train_options
 from duo_mlx.cli.train_options import COUNT
 
 if TYPE_CHECKING:
-    from duo_mlx.model import ModelArgs
+    from duo_mlx.model import Config
     from duo_mlx.training.stage import Stage
 
 SIZES = ("layers", "hidden", "heads", "kv_heads", "big", "small", "skip_scope")
@@ -61,7 +61,7 @@ def command(context: click.Context, /, **options: Any) -> None:
     passes = Passes(options["dropout"], options["checkpoint_layers"])
     how = train_options.random_routing(options) | {"passes": passes}
 
-    def stage(args: "ModelArgs") -> "Stage":
+    def stage(args: "Config") -> "Stage":
         return RandomRouting(args.num_hidden_layers, **how)
 
     new = options["path"] is None

@@ -55,7 +55,7 @@ def command(context: click.Context, /, **options: Any) -> None:
         raise click.UsageError("--p-small 0: no token would come to a small FFN")
     from duo_mlx import checkpoint
     from duo_mlx.errors import DuoError
-    from duo_mlx.model import ModelArgs
+    from duo_mlx.model import Config
     from duo_mlx.routes import parse_pattern
     from duo_mlx.training.passes import Passes
     from duo_mlx.training.small import Draft, SmallLearns
@@ -63,7 +63,7 @@ def command(context: click.Context, /, **options: Any) -> None:
     passes = Passes(options["dropout"], options["checkpoint_layers"])
     how = train_options.random_routing(options) | {"passes": passes}
 
-    def stage(args: ModelArgs) -> "Stage":
+    def stage(args: Config) -> "Stage":
         layers = args.num_hidden_layers
         if draft:
             return Draft(layers, **how, pattern=tuple(parse_pattern(options["route"], layers).tolist()))
@@ -71,7 +71,7 @@ def command(context: click.Context, /, **options: Any) -> None:
 
     model = checkpoint.resolve(options["path"], options["revision"])
     vocabulary = options["draft_vocabulary"]
-    if vocabulary and vocabulary > (known := ModelArgs.from_dict(checkpoint.read_config(model)).vocab_size):
+    if vocabulary and vocabulary > (known := Config.from_dict(checkpoint.read_config(model)).vocab_size):
         raise DuoError(f"--draft-vocabulary {vocabulary}: the model's vocabulary has {known} tokens")
     config = {"draft_vocabulary": vocabulary} if vocabulary else {}
     own = {"objective": options["objective"]} | ({"route": options["route"]} | config if draft else {})

@@ -58,7 +58,7 @@ def command(files: tuple[Path, ...], path: str | None, revision: str | None, out
     question = data.Question(files, text_key, held_out)
     question.check()
     model, tokenizer = checkpoint.load(path, revision=revision, fuse=True)
-    limit = model.args.max_position_embeddings
+    limit = model.config.max_position_embeddings
     if limit is not None and prompt_tokens + max_tokens > limit:
         raise DuoError(
             f"--prompt-tokens and --max-tokens come to {prompt_tokens + max_tokens}; the model's context is {limit}"
@@ -68,9 +68,9 @@ def command(files: tuple[Path, ...], path: str | None, revision: str | None, out
     done, interrupted = 0, False
     with shown() as progress, TemporaryDirectory() as folder, output_file(out, force) as new, writing(out):
         if not question.is_token_file:
-            vocabulary = model.args.vocab_size
+            vocabulary = model.config.vocab_size
             data.tokenise(question, Path(folder), tokenizer, vocabulary, {}, lambda *at: progress("tokenising", *at))
-        read = data.open_data(question, Path(folder), model.args.vocab_size, lambda *_: None)
+        read = data.open_data(question, Path(folder), model.config.vocab_size, lambda *_: None)
         if len(read.train) < prompt_tokens:
             raise DuoError(f"--prompt-tokens {prompt_tokens}: there are {len(read.train)} tokens outside --held-out")
         prompts = windows(read.train, prompt_tokens, count, seed)

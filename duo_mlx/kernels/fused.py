@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from duo_mlx.errors import DuoError
-from duo_mlx.ffns import FFN, FFNs
+from duo_mlx.ffn import FFN, FFNs
 from duo_mlx.kernels import launch
 from duo_mlx.kernels.launch import Launch
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from duo_mlx import masked
-from duo_mlx.ffns import FFNs
+from duo_mlx.ffn import FFNs
 from duo_mlx.kernels import fused, launch
 from duo_mlx.kernels.verdicts import Verdict, record
 from duo_mlx.routes import Route

@@ -3,7 +3,7 @@
 So an oracle can go from left to right, keep each token's pattern and search the next: the reading *committed* of
 Duo-LLM's oracle (arXiv 2410.10846, stage 2; the paper does not say which one it used). Earlier keys and values are
 those of the patterns that were chosen, and what is found can be replayed as one sequence. The nodes of a level of the
-tree are queries of one attention, each of which sees the cache and itself.
+tree are the rows of one batch, each of which sees the cache and itself.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,15 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import KVCache
 from numpy.typing import NDArray
 
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
+from duo_mlx.open_layers import OpenLayers
 from duo_mlx.routes import Routes
 from duo_mlx.study.losses import Losses, token_losses
-from duo_mlx.study.tree import Branches, Options, Walk
+from duo_mlx.study.tree import Options, Walk
 
 
 class Token(Walk):
@@ -33,8 +35,6 @@ class Token(Walk):
         DuoError: attention slides, so that not all that the cache holds is seen.
     """
 
-    axis = 1
-
     def __init__(
         self,
         model: Model,
@@ -45,39 +45,32 @@ class Token(Walk):
         rows: int = 1024,
         wanted: Callable[[Routes], NDArray[np.bool_]] | None = None,
     ):
-        if "sliding_attention" in model.args.layer_types:
-            raise DuoError("the committed reading is for models whose attention does not slide")
+        if any(type(layer) is not KVCache for layer in cache):
+            raise DuoError("the committed reading is for models whose attention sees all positions before it")
         super().__init__(model, options, rows, wanted)
         self._cache, self._token, self._target = cache, token, np.array([target])
-        self._offset = int(cache[0].offset)
 
-    def root(self) -> mx.array:
-        return self.model.model.embed_tokens(mx.array([[self._token]]))
+    def layers(self) -> OpenLayers:
+        return OpenLayers(self.model, mx.array([[self._token]]), [_Peek(layer) for layer in self._cache])
 
-    def branches(self, depth: int, h: mx.array) -> Branches:
-        count = h.shape[1]
-        mask = mx.concatenate([mx.ones((count, self._offset), mx.bool_), mx.eye(count, dtype=mx.bool_)], axis=1)
-        return Branches(self.model.layers[depth], h, mask, self._rotate, _Peek(self._cache[depth]))
-
-    def leaves(self, h: mx.array) -> Losses:
-        logits = self.model.head(self.model.model.norm(h))[0]
-        return token_losses(logits[:, None], self._target)
-
-    def _rotate(self, x: mx.array) -> mx.array:
-        """Queries or keys ``[1, heads, candidates, head_dim]``, all at one position."""
-        rope = self.model.layers[0].self_attn.rope
-        return rope(x.transpose(2, 1, 0, 3), offset=self._offset).transpose(2, 1, 0, 3)
+    def leaves(self, logits: mx.array) -> Losses:
+        return token_losses(logits, self._target)
 
 
 class _Peek:
-    """What stands in for a layer's cache: candidates' keys and values come after those that it holds."""
+    """What stands in for a layer's cache: a candidate's keys and values come after those that it holds."""
 
-    def __init__(self, cache: Any):
+    def __init__(self, cache: KVCache):
         self._cache = cache
+        self.offset: int = cache.offset
+
+    def make_mask(self, *args: Any, **named: Any) -> mx.array | str | None:
+        mask: mx.array | str | None = self._cache.make_mask(*args, **named)
+        return mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if not self._cache.offset:
+        if not self.offset:
             return keys, values
-        held = (each[..., : self._cache.offset, :] for each in self._cache.state[:2])
+        held = (mx.broadcast_to(each, (len(keys), *each.shape[1:])) for each in self._cache.keys_and_values())
         keys, values = (mx.concatenate([*pair], axis=2) for pair in zip(held, (keys, values), strict=True))
         return keys, values

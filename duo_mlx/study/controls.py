@@ -22,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duo_mlx.model import Model
+from duo_mlx.open_layers import OpenLayers
 from duo_mlx.routes import Route
 from duo_mlx.study import oracle
 from duo_mlx.study.limits import Limit, bigs
 from duo_mlx.study.losses import Losses, token_losses
-from duo_mlx.study.tree import Text
 
 SIZES = (12, 66)  # candidates: the patterns with 1 and with 2 big layers of 12
 SCALES = (0.0, *(0.02 * 1.5**step for step in range(11)))  # of noise, between which what it gives is interpolated
@@ -90,8 +90,8 @@ class Noise:
         rows: int,
         seed: Sequence[int] = (0,),
     ):
-        options = [(Route.BIG,)] * model.args.num_hidden_layers
-        self._walk, self._rows, self._seed = Text(model, inputs, targets, options, rows), rows, seed
+        self._layers, self._targets = OpenLayers(model, mx.array(inputs)[None]), targets
+        self._depth, self._rows, self._seed = model.config.num_hidden_layers, rows, seed
         self._found: dict[int, Arrays] = {}
 
     def losses(self, scale: float, count: int, random: np.random.Generator) -> Losses:
@@ -102,13 +102,13 @@ class Noise:
         found, each = [], random.spawn(count)
         for start in range(0, count, self._rows):
             batch = each[start : start + self._rows]
-            h = mx.broadcast_to(self._walk.root(), (len(batch), *self._walk.root().shape[1:]))
-            for depth in range(len(self._walk.model.layers)):
-                h = self._walk.branches(depth, h).take(Route.BIG, lambda nodes: nodes)
+            h = mx.broadcast_to(self._layers.root, (len(batch), *self._layers.root.shape[1:]))
+            for depth in range(self._depth):
+                h = self._layers.run(depth, h, Route.BIG)
                 drawn = mx.array(np.stack([one.standard_normal(h.shape[1:], np.float32) for one in batch]))
                 squares = mx.square(h.astype(mx.float32))  # which overflow float16 where a state is large
                 h = h + (scale * mx.sqrt(mx.mean(squares, axis=-1, keepdims=True)) * drawn).astype(h.dtype)
-            found.append(self._walk.leaves(h))
+            found.append(token_losses(self._layers.logits(h), self._targets))
         return np.concatenate(found)
 
     def at(self, place: int) -> Arrays:
@@ -188,7 +188,7 @@ class SecondContext:
         self._whole, self._short = whole[:, self._half :], short[:, self._half - cut :]
         self.losses: Arrays = {}
         for route in (Route.BIG, Route.SMALL):
-            pattern = np.full(model.args.num_hidden_layers, route, np.uint8)
+            pattern = np.full(model.config.num_hidden_layers, route, np.uint8)
             logits = model(mx.array(inputs[cut:])[None], routes=pattern)
             name = f"short_loss_{route.name.lower()}"
             self.losses[name] = self._placed(token_losses(logits, targets[cut:])[0, self._half - cut :])

@@ -84,7 +84,7 @@ def parse_limit(spec: str, model: Model, context: int) -> Limit:
     Raises:
         DuoError: what is wrong with ``spec``, in one line.
     """
-    layers = model.args.num_hidden_layers
+    layers = model.config.num_hidden_layers
     if spec == "none":
         return Limit(spec, bigs, lambda _: (0, layers))
     if found := re.fullmatch(r"(at-most:)?(\d{1,6})", spec):
@@ -96,7 +96,7 @@ def parse_limit(spec: str, model: Model, context: int) -> Limit:
         return Limit(spec, bigs, lambda place: (round(first + (last - first) * place),) * 2, scheduled=True)
     if found := re.fullmatch(r"(bytes|flops):([0-9.]{1,12})", spec):
         share = _share(spec, found[2])
-        table = cost.weight_bytes(model) if found[1] == "bytes" else cost.flops(model.args, context)
+        table = cost.weight_bytes(model) if found[1] == "bytes" else cost.flops(model.config, context)
         most = share * float(table.of(np.full(layers, Route.BIG, np.uint8))) * (1 + SLACK)
         return Limit(spec, lambda patterns: table.of(patterns).astype(np.float64), lambda _: (0, most))
     raise DuoError(f"--budget {spec!r}: give {FORMS}")

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx.products import on_cpu
+from duo_mlx.device import on_cpu
 
 Losses = NDArray[np.float32]
 BLOCK = 1 << 17  # logits at a time, which stay in a core's cache

@@ -172,7 +172,7 @@ def uniform(
     model: Model, inputs: NDArray[np.integer], targets: NDArray[np.integer], route: Route
 ) -> tuple[Losses, Losses]:
     """Loss of the true next token and entropy, nats ``[tokens]``, under one route in every layer."""
-    pattern = np.full(model.args.num_hidden_layers, route, np.uint8)
+    pattern = np.full(model.config.num_hidden_layers, route, np.uint8)
     logits = model(mx.array(inputs)[None], routes=pattern)
     return token_losses(logits, targets)[0], entropies(logits)[0]
 

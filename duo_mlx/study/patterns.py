@@ -18,9 +18,9 @@ import numpy as np
 from duo_mlx import cost
 from duo_mlx.budget import shares_of_bytes
 from duo_mlx.model import KnownPattern, Model
+from duo_mlx.open_layers import OpenLayers
 from duo_mlx.routes import Route, format_pattern, parse_pattern
 from duo_mlx.study.losses import token_losses
-from duo_mlx.study.tree import Branches
 
 LOWER = {Route.BIG: (Route.SMALL, Route.SKIP), Route.SMALL: (Route.SKIP,), Route.SKIP: ()}
 REMEASURED = 6  # prices measured anew in a step before the cheapest of them is taken
@@ -32,11 +32,9 @@ class PatternLoss:
     def __init__(self, model: Model, windows: mx.array):
         self.model = model
         self.targets = np.array(windows[:, 1:])
-        self.pattern = np.full(model.args.num_hidden_layers, Route.BIG, np.uint8)
-        embedded = model.model.embed_tokens(windows[:, :-1])
-        self._masks = model.model.masks(embedded, [None] * len(model.layers))
-        self._rotate = model.layers[0].self_attn.rotation(embedded.shape[1], None)
-        self._states = [embedded]  # the input of each layer, and the last one's output, under `pattern`
+        self.pattern = np.full(model.config.num_hidden_layers, Route.BIG, np.uint8)
+        self._layers = OpenLayers(model, windows[:, :-1])
+        self._states = [self._layers.root]  # the input of each layer, and the last one's output, under `pattern`
         self.passes = 0
         self._tried: tuple[int, Route] | None = None  # the last move that was tried on `pattern`, and its outcome
         self._outcome: tuple[float, list[mx.array]] = (0.0, [])
@@ -60,14 +58,12 @@ class PatternLoss:
         self.passes += 1
         h, states = self._states[first], []
         for index in range(first, len(self.model.layers)):
-            layer = self.model.layers[index]
-            chosen = route if index == first else Route(int(self.pattern[index]))
-            h = Branches(layer, h, self._masks[layer.use_sliding], self._rotate).take(chosen, lambda part: part)
+            h = self._layers.run(index, h, route if index == first else Route(int(self.pattern[index])))
             mx.eval(h)
             states.append(h)
         total = 0.0
-        for row, targets in zip(self.model.model.norm(h), self.targets, strict=True):
-            total += float(token_losses(self.model.head(row[None]), targets).sum(dtype=np.float64))
+        for row, targets in zip(h, self.targets, strict=True):
+            total += float(token_losses(self._layers.logits(row[None]), targets).sum(dtype=np.float64))
         return total / self.targets.size, states
 
 
@@ -102,13 +98,13 @@ def measure(model: Model, windows: mx.array, progress: Callable[[float], None] =
         windows: token ids ``[windows, tokens + 1]``; every window is a text of its own.
         progress: is called with the share that is done.
     """
-    layers = model.args.num_hidden_layers
+    layers = model.config.num_hidden_layers
     loss = PatternLoss(model, windows)
     big = loss.loss
     alone: dict[tuple[int, Route], float] = {}
     for layer in range(layers):
         for route in LOWER[Route.BIG]:
-            if route is not Route.SMALL or model.args.has_small(layer):
+            if route is not Route.SMALL or model.config.has_small(layer):
                 alone[layer, route] = loss.try_move(layer, route)
         progress((layer + 1) / (2 * layers))
     found = [KnownPattern(pattern=format_pattern(loss.pattern), loss=big)]

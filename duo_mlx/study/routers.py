@@ -70,20 +70,20 @@ def measure(
     Raises:
         DuoError: the model has no measured router, or is another one than the oracle's beside its router.
     """
-    if model.args.num_hidden_layers != found.layers:
-        raise DuoError(f"{name}: has {model.args.num_hidden_layers} layers, and the oracle's model {found.layers}")
+    if model.config.num_hidden_layers != found.layers:
+        raise DuoError(f"{name}: has {model.config.num_hidden_layers} layers, and the oracle's model {found.layers}")
     if not _is_of(model, found):
         raise DuoError(f"{name}: all big's or all small's losses are not the oracle's, so its model is another one")
-    if not model.args.router_offsets:
+    if not model.config.router_offsets:
         raise DuoError(f"{name}: has no measured router; duo-mlx train router trains and measures one")
-    lowest, highest = model.args.router_offsets[0][0], model.args.router_offsets[-1][0]
+    lowest, highest = model.config.router_offsets[0][0], model.config.router_offsets[-1][0]
     ks = [k for k in found.exact if 0 < k < found.layers and lowest <= k / found.layers <= highest]
     if not ks:
         raise DuoError(f"{name}: the oracle has no budgets of k big layers within reach, {lowest:.2f} to {highest:.2f}")
     inputs, targets = found.any["inputs"], found.any["targets"]
     losses, routes = [], []
     for done, k in enumerate(ks):
-        by = model.router(threshold.offsets(model.args, f"{threshold.PREFIX}{k / found.layers!r}"))
+        by = model.router(threshold.offsets(model.config, f"{threshold.PREFIX}{k / found.layers!r}"))
         passed = [run(model, by, row, true) for row, true in zip(inputs, targets, strict=True)]
         losses.append(np.stack([each[0] for each in passed]))
         routes.append(np.stack([each[1] for each in passed]))
@@ -94,7 +94,7 @@ def measure(
 def _is_of(model: Model, found: Found) -> bool:
     """Whether the oracle's first sequence costs all big and all small what it cost the oracle's model."""
     inputs, targets = found.any["inputs"][0], found.any["targets"][0]
-    if max(inputs.max(), targets.max()) >= model.args.vocab_size:
+    if max(inputs.max(), targets.max()) >= model.config.vocab_size:
         return False
     for route in (Route.BIG, Route.SMALL):
         losses = token_losses(model(mx.array(inputs[None]), routes=[route] * found.layers), targets)[0]

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duo_mlx import cost
+from duo_mlx.device import on_cpu
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
-from duo_mlx.products import on_cpu
 from duo_mlx.routes import LETTERS, Route, Routes
 from duo_mlx.study import controls, local, oracle
 from duo_mlx.study.committed import Token
@@ -63,7 +63,7 @@ def rows_within(model: Model, tokens: int, context: int, max_memory: int) -> int
         context: of them, for attention.
         max_memory: bytes.
     """
-    args = model.args
+    args = model.config
     waiting = args.num_hidden_layers * len(Route) * args.hidden_size
     at_work = (
         6 * args.hidden_size + 3 * args.intermediate_size + 3 * args.vocab_size + args.num_attention_heads * context

@@ -11,21 +11,17 @@ bounded by the depth and not by the number of patterns.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx.llama_parts import Rotation
-from duo_mlx.model import Layer, Model
-from duo_mlx.products import on_cpu
+from duo_mlx.model import Model
+from duo_mlx.open_layers import OpenLayers
 from duo_mlx.routes import Route, Routes
 from duo_mlx.study.losses import Losses, token_losses
 
 Options = Sequence[Sequence[Route]]
-LOG2_E = 1.4426950408889634
 
 
 @dataclass
@@ -45,42 +41,9 @@ def layer_options(model: Model, choices: Sequence[Route]) -> list[tuple[Route, .
     ordered = sorted(set(choices))
     both = {Route.SMALL, Route.BIG} <= set(ordered)
     return [
-        tuple(route for route in ordered if not (both and route is Route.SMALL and not model.args.has_small(layer)))
-        for layer in range(model.args.num_hidden_layers)
+        tuple(route for route in ordered if not (both and route is Route.SMALL and not model.config.has_small(layer)))
+        for layer in range(model.config.num_hidden_layers)
     ]
-
-
-@mx.compile
-def gated(gate: mx.array, up: mx.array) -> mx.array:
-    """SwiGLU's ``silu(gate) * up`` by powers of two, for which MLX takes a third of the exponential's time on a CPU."""
-    return gate * up / (1 + mx.power(2.0, -LOG2_E * gate))
-
-
-class Branches:
-    """A layer's outputs for several routes of all tokens, from one evaluation of its attention.
-
-    Args:
-        layer: of a Duo.
-        h: its input ``[batch, tokens, hidden]``.
-        mask, rotate, cache: as a layer takes them.
-    """
-
-    def __init__(
-        self, layer: Layer, h: mx.array, mask: mx.array | str | None, rotate: Rotation, cache: Any = None
-    ) -> None:
-        self._layer, self._h = layer, h
-        self._attended = layer.self_attn(layer.input_layernorm(h), mask, cache, rotate, residual=h)
-        self._x = layer.post_attention_layernorm(self._attended)
-
-    def take(self, route: Route, of: Callable[[mx.array], mx.array]) -> mx.array:
-        """The output under one route; ``of`` takes some nodes of a batch."""
-        if route is Route.SKIP:
-            return of(self._h if self._layer.skips_attention else self._attended)
-        ffn = self._layer.mlp.big if route is Route.BIG else self._layer.mlp.small
-        x, attended = of(self._x), of(self._attended)
-        if not on_cpu():
-            return ffn(x, attended)
-        return attended + ffn.down_proj(gated(ffn.gate_proj(x), ffn.up_proj(x)))
 
 
 class Walk(ABC):
@@ -92,8 +55,6 @@ class Walk(ABC):
         rows: patterns of one batch at most, which bounds the memory.
         wanted: of patterns' beginnings ``[n, depth]``, which to evaluate; None: all.
     """
-
-    axis = 0  # of the nodes of a batch
 
     def __init__(
         self,
@@ -107,50 +68,41 @@ class Walk(ABC):
         self._options, self._rows, self._wanted = options, rows, wanted
 
     @abstractmethod
-    def root(self) -> mx.array:
-        """The input of the first layer."""
+    def layers(self) -> OpenLayers:
+        """The model's layers as they are called over the nodes."""
 
     @abstractmethod
-    def branches(self, depth: int, h: mx.array) -> Branches:
-        """A layer's outputs for the nodes ``h``."""
-
-    @abstractmethod
-    def leaves(self, h: mx.array) -> Losses:
-        """Losses ``[n, tokens]`` of the last layer's outputs."""
+    def leaves(self, logits: mx.array) -> Losses:
+        """Losses ``[n, tokens]`` of logits ``[n, tokens, vocab]``."""
 
     def losses(self) -> Iterator[tuple[Routes, Losses]]:
         """Patterns ``[n, layers]`` and their losses ``[n, tokens]`` in nats, batch by batch."""
-        yield from self._below(self.root(), np.zeros((1, 0), np.uint8))
+        self._layers = self.layers()
+        yield from self._below(self._layers.root, np.zeros((1, 0), np.uint8))
 
     def _below(self, h: mx.array, begun: Routes) -> Iterator[tuple[Routes, Losses]]:
         depth = begun.shape[1]
         if depth == len(self._options):
             self.work.head += len(begun)
-            yield begun, self.leaves(h)
+            yield begun, self.leaves(self._layers.logits(h))
             return
         self.work.attention += len(begun)
-        branches = self.branches(depth, h)
-        outputs, patterns = [], []
+        wanted, patterns = {}, []
         for route in self._options[depth]:
             longer = np.concatenate([begun, np.full((len(begun), 1), route, np.uint8)], axis=1)
             kept = np.arange(len(begun)) if self._wanted is None else np.flatnonzero(self._wanted(longer))
             if not len(kept):
                 continue
             self.work.ffn += 0 if route is Route.SKIP else len(kept)
-            outputs.append(branches.take(route, partial(self._some, kept)))
+            wanted[route] = kept
             patterns.append(longer[kept])
-        if not outputs:
+        if not wanted:
             return
-        children, longer = mx.concatenate(outputs, axis=self.axis), np.concatenate(patterns)
+        children, longer = self._layers.children(depth, h, wanted), np.concatenate(patterns)
         mx.eval(children)
-        del branches, outputs, h
+        del h
         for start in range(0, len(longer), self._rows):
-            stop = min(start + self._rows, len(longer))
-            part = children[start:stop] if self.axis == 0 else children[:, start:stop]
-            yield from self._below(part, longer[start:stop])
-
-    def _some(self, kept: NDArray[np.intp], h: mx.array) -> mx.array:
-        return h if len(kept) == h.shape[self.axis] else mx.take(h, mx.array(kept.astype(np.int32)), axis=self.axis)
+            yield from self._below(children[start : start + self._rows], longer[start : start + self._rows])
 
 
 class Beginnings:
@@ -183,17 +135,10 @@ class Text(Walk):
         wanted: Callable[[Routes], NDArray[np.bool_]] | None = None,
     ):
         super().__init__(model, options, rows, wanted)
-        self._targets = targets
-        self._embedded = model.model.embed_tokens(mx.array(inputs)[None])
-        self._masks = model.model.masks(self._embedded, [None] * len(options))
-        self._rotate = model.layers[0].self_attn.rotation(len(inputs), None)
+        self._inputs, self._targets = mx.array(inputs)[None], targets
 
-    def root(self) -> mx.array:
-        return self._embedded
+    def layers(self) -> OpenLayers:
+        return OpenLayers(self.model, self._inputs)
 
-    def branches(self, depth: int, h: mx.array) -> Branches:
-        layer = self.model.layers[depth]
-        return Branches(layer, h, self._masks[layer.use_sliding], self._rotate)
-
-    def leaves(self, h: mx.array) -> Losses:
-        return token_losses(self.model.head(self.model.model.norm(h)), self._targets)
+    def leaves(self, logits: mx.array) -> Losses:
+        return token_losses(logits, self._targets)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.model import Config, Model
 from duo_mlx.training.data import Question
 from duo_mlx.training.optimizer import Arrays
 from duo_mlx.training.stage import Stage
@@ -43,7 +43,7 @@ class Job:
     question: Question
     out: Path
     settings: Settings
-    stage: Callable[[ModelArgs], Stage]
+    stage: Callable[[Config], Stage]
     options: dict[str, Any]
     command: str
     model: Path | None = None

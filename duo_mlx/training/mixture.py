@@ -15,7 +15,8 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from duo_mlx.model import Layer, Model
+from duo_mlx.ffn import DuoFFN
+from duo_mlx.model import Model
 from duo_mlx.routes import Route
 from duo_mlx.training.passes import cross_entropy
 from duo_mlx.training.routers import RouterLearns
@@ -72,13 +73,13 @@ class Mixture(RouterLearns):
         big = self.choices.index(Route.BIG)
         cooled = mx.array(temperature)[:, None, None]
 
-        def weigh(layer: Layer, x: mx.array) -> tuple[mx.array, mx.array]:
-            logits = layer.mlp.router(x)  # of the layer, so that one that is computed twice has its gradient
+        def weigh(ffn: DuoFFN, x: mx.array) -> tuple[mx.array, mx.array]:
+            logits = ffn.router(x)  # the layer's, so that one that is computed twice has its gradient
             probabilities = mx.softmax(logits / cooled, axis=-1)
             share = probabilities[..., big].mean(axis=-1)
             if how == "gumbel":
                 assert keys is not None
-                noise = mx.vmap(lambda key: mx.random.gumbel(logits.shape[1:], key=key))(mx.array(keys[:, layer.index]))
+                noise = mx.vmap(lambda key: mx.random.gumbel(logits.shape[1:], key=key))(mx.array(keys[:, ffn.index]))
                 probabilities = mx.softmax((logits + noise) / cooled, axis=-1)
             if how == "soft":
                 return probabilities.astype(x.dtype), share

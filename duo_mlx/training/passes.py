@@ -1,6 +1,6 @@
 """A pass that learns: a Duo's layers without a cache, with dropout, and computed anew for the gradient if so wished.
 
-It is `duo_mlx.model`'s pass, with dropout on both residual branches as in the PyTorch reference. Routes are known to
+It is the model's own pass, with dropout on both residual branches as in the PyTorch reference. Routes are known to
 the host, so each FFN runs on its own tokens (the strategy ``sorted``), and nothing waits for the device. The sizes of
 these groups differ from step to step, so a step is not compiled: on a CPU ``dense`` compiled takes 0.37 s where this
 takes 0.31, and compiles for 39 s (6 layers of the embedded model's width, 512 tokens).
@@ -15,18 +15,19 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx import conditional
-from duo_mlx.llama_parts import Rotation
-from duo_mlx.model import Layer, Model
+from duo_mlx import conditional, hosting
+from duo_mlx.ffn import DuoFFN
+from duo_mlx.forward import OnBlock
+from duo_mlx.model import Model
 from duo_mlx.routes import Route, Routes
 
 BRANCHES = 2  # of a layer into the residual stream: attention and FFN
 STRATEGY = "sorted"
 
 Keys = NDArray[np.uint32]  # of random numbers, [sequences, layers, branches, 2]
-# from a layer and what its router sees, [sequences, length, hidden], to weights [sequences, length, choices] and
+# from a layer's FFNs and what its router sees, [sequences, length, hidden], to weights [sequences, length, choices] and
 # something else, [sequences]
-Weigh = Callable[[Layer, mx.array], tuple[mx.array, mx.array]]
+Weigh = Callable[[DuoFFN, mx.array], tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,18 @@ class Passes:
             caches: one a layer, which are not changed (`duo_mlx.beside`); None: there is nothing before the tokens.
             head: gives the logits; None: the model's.
         """
-        decoder, layers = model.model, model.layers
-        caches = [None] * len(layers) if caches is None else list(caches)
-        h = decoder.embed_tokens(tokens)
-        planned = conditional.plan(routes, len(tokens), tokens.shape[1], len(layers), STRATEGY)
-        masks = decoder.masks(h, caches)
-        rotate = layers[0].self_attn.rotation(tokens.shape[1], caches[0])
-        for number, layer in enumerate(layers):
-            where = masks[layer.use_sliding], caches[number], rotate
-            step = self._through(layer, *where, planned[number], mx.array(keys[:, number]))
-            h = (nn.utils.checkpoint(layer, step) if self.recompute else step)(h)
-        return (head or model.head)(decoder.norm(h)).astype(mx.float32)
+        planned = conditional.plan(routes, tokens.shape[0], tokens.shape[1], model.config.num_hidden_layers, STRATEGY)
+        keyed = mx.array(keys)  # [sequences, layers, branches, 2]
+
+        def branch(place: int) -> Callable[[int, Callable[[], mx.array]], mx.array]:
+            return lambda index, run: self._drop(run(), keyed[:, index, place])
+
+        hooks = {"on_attention": branch(0), "after_ffn": branch(1)} if self.dropout else {}
+        if self.dropout:
+            hosting.open_attention(model)
+        with model.carried_out(planned, STRATEGY, on_block=self._kept(model), **hooks):
+            final = model.trunk(tokens, list(caches) if caches else None)
+        return (head or model.head)(final).astype(mx.float32)
 
     def mixture(
         self, model: Model, tokens: mx.array, choices: Sequence[int], weigh: Weigh
@@ -90,31 +92,60 @@ class Passes:
         Returns:
             The logits in float32, and what ``weigh`` found beside the weights, ``[layers, sequences]``.
         """
-        decoder, layers, found = model.model, model.layers, []
-        h = decoder.embed_tokens(tokens)
-        masks = decoder.masks(h, [None] * len(layers))
-        rotate = layers[0].self_attn.rotation(tokens.shape[1], None)
-        for layer in layers:
-            step = _mixed(layer, masks[layer.use_sliding], rotate, tuple(choices), weigh)
-            h, beside = (nn.utils.checkpoint(layer, step) if self.recompute else step)(h)
-            found.append(beside)
-        return model.head(decoder.norm(h)).astype(mx.float32), mx.stack(found)
+        choices, found = tuple(choices), dict[int, mx.array]()
+        skip = choices.index(Route.SKIP) if Route.SKIP in choices else None
+        whole = model.parts is not None
+        weights: dict[int, mx.array] = {}  # of layers that weigh before their attention
 
-    def _through(
-        self, layer: Layer, mask: mx.array | str | None, cache: Any, rotate: Rotation, route: Any, keys: mx.array
-    ) -> Callable[[mx.array], mx.array]:
-        """One layer as a function of its input; ``keys [sequences, branches, 2]``."""
+        def layer(index: int, run: Callable[[mx.array], mx.array], h: mx.array) -> mx.array:
+            def weighed(h: mx.array) -> tuple[mx.array, mx.array]:
+                if model.parts is not None:
+                    weights[index], found[index] = weigh(model.ffns[index], model.parts[index].norm(h))
+                return run(h), found[index]
 
-        def through(x: mx.array) -> mx.array:
-            attended = self._drop(layer.self_attn(layer.input_layernorm(x), mask, cache, rotate), keys[:, 0])
-            if layer.skips_attention:
-                attended = conditional.keep_unless_skipped(attended, route)
-            h = x + attended
-            normed = layer.post_attention_layernorm(h)
-            out = conditional.run(layer.mlp, normed, route, STRATEGY, residual=mx.zeros((), h.dtype))
-            return h + self._drop(out, keys[:, 1])
+            h, found[index] = self._recomputed(model, index, weighed)(h)
+            return h
 
-        return through
+        def attention(index: int, run: Callable[[], mx.array]) -> mx.array:
+            return run() if skip is None else run() * (1 - weights[index][..., skip, None])
+
+        def ffn(duo: DuoFFN, x: mx.array) -> mx.array:
+            if whole:
+                of = weights.pop(duo.index)
+            else:
+                of, found[duo.index] = weigh(duo, x)
+            modules = {Route.BIG: duo.big, Route.SMALL: duo.small}
+            outputs = [
+                of[..., number, None] * modules[Route(choice)](x)
+                for number, choice in enumerate(choices)
+                if choice != Route.SKIP
+            ]
+            return sum(outputs[1:], start=outputs[0])
+
+        if whole:
+            hosting.open_attention(model)
+        with model.carried_out([], STRATEGY, on_block=layer, on_ffn=ffn, on_attention=attention if whole else None):
+            final = model.trunk(tokens, None)
+        return model.head(final).astype(mx.float32), mx.stack([found[index] for index in sorted(found)])
+
+    def _kept(self, model: Model) -> OnBlock | None:
+        """What makes a pass compute each layer anew for the gradient; None where it is not to."""
+        if not self.recompute:
+            return None
+        return lambda index, run, h: self._recomputed(model, index, run)(h)
+
+    def _recomputed(self, model: Model, index: int, run: Callable[[mx.array], Any]) -> Callable[[mx.array], Any]:
+        """One layer as a function of its input, computed once more for the gradient if so wished."""
+        if not self.recompute:
+            return run
+        made = hosting.current()
+
+        def again(h: mx.array) -> Any:
+            with hosting.opened(made):  # the pass has ended when the gradient is asked for
+                return run(h)
+
+        checked: Callable[[mx.array], Any] = nn.utils.checkpoint(model.layers[index], again)
+        return checked
 
     def _drop(self, values: mx.array, keys: mx.array) -> mx.array:
         """Dropout of ``values [sequences, length, hidden]``; each sequence has its key, whatever its batch is."""
@@ -122,31 +153,6 @@ class Passes:
             return values
         kept = mx.vmap(lambda key: mx.random.bernoulli(1 - self.dropout, values.shape[1:], key))(keys)
         return mx.where(kept, values / (1 - self.dropout), mx.zeros((), values.dtype))
-
-
-def _mixed(
-    layer: Layer, mask: mx.array | str | None, rotate: Rotation, choices: tuple[int, ...], weigh: Weigh
-) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
-    """One layer of a mixture as a function of its input."""
-
-    def through(x: mx.array) -> tuple[mx.array, mx.array]:
-        normed = layer.input_layernorm(x)
-        attended = layer.self_attn(normed, mask, None, rotate)
-        if layer.skips_attention:
-            weights, beside = weigh(layer, normed)
-            if Route.SKIP in choices:
-                attended = attended * (1 - weights[..., choices.index(Route.SKIP), None])
-        h = x + attended
-        normed = layer.post_attention_layernorm(h)
-        if not layer.skips_attention:
-            weights, beside = weigh(layer, normed)
-        for number, choice in enumerate(choices):
-            if choice != Route.SKIP:
-                module = layer.mlp.big if choice == Route.BIG else layer.mlp.small
-                h = h + weights[..., number, None] * module(normed)
-        return h, beside
-
-    return through
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:

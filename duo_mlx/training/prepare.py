@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from duo_mlx import checkpoint
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.model import Config, Model
 from duo_mlx.training import data, start, state, tokenizer
 from duo_mlx.training.data import Data
 from duo_mlx.training.folder import Folder
@@ -63,10 +63,10 @@ def _prepare(job: Job, folder: Folder, watch: Watch) -> Prepared:
         assert job.sizes is not None
         config = job.sizes.config(job.vocabulary, job.settings.length)  # refused before texts are read
         config["vocab_size"] = _bring_tokens(job, folder, config, recipe, watch)
-        model = Model(ModelArgs.from_dict(config))
+        model = Model(Config.from_dict(config))
         weights = start.initialised(model, job.settings.seed)
         weights = {name: each.astype(job.settings.dtype) for name, each in weights.items()}
-    learn = list(filter(job.stage(ModelArgs.from_dict(config)).learns, weights))
+    learn = list(filter(job.stage(Config.from_dict(config)).learns, weights))
     if not learn:
         raise DuoError(f"{job.model}: has nothing that learns here, such as small FFNs")
     if not all(MODULE in name for name in learn):

@@ -15,7 +15,7 @@ from mlx.utils import tree_unflatten
 from duo_mlx import __version__, checkpoint
 from duo_mlx.errors import DuoError
 from duo_mlx.files import output_file, writing
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.model import Config, Model
 from duo_mlx.processes import Processes
 from duo_mlx.training import parallel, plot, start
 from duo_mlx.training.folder import Folder
@@ -55,7 +55,7 @@ class _Run:
         job, settings = self.job, self.job.settings
         settings.check(self.processes.count)
         plan = self.processes.from_first(self._prepare)
-        args = ModelArgs.from_dict(plan["config"])
+        args = Config.from_dict(plan["config"])
         stage = job.stage(args)
         model, now = self._model(args, stage, plan["types"])
         data = self.own.data if self.own else None
@@ -100,7 +100,7 @@ class _Run:
             "windows": len(self.own.data.starts(self.job.settings.length)),
         }
 
-    def _model(self, args: ModelArgs, stage: Stage, types: dict[str, str]) -> tuple[Model, State]:
+    def _model(self, args: Config, stage: Stage, types: dict[str, str]) -> tuple[Model, State]:
         """The model with the parameters that do not learn, and the state to go on from."""
         model = Model(args)
         shapes = {name: each.shape for name, each in checkpoint.parameters(model).items()}

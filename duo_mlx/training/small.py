@@ -65,7 +65,9 @@ class Draft(SmallLearns):
         """
         tokens = windows[:, :-1]
         big, caches = self._verified(model, tokens)
-        draft = model(tokens, caches, routes=list(self.pattern))[..., : model.args.draft_vocabulary].astype(mx.float32)
+        draft = model(tokens, caches, routes=list(self.pattern))[..., : model.config.draft_vocabulary].astype(
+            mx.float32
+        )
         return super().measure(model, windows, first) | {
             "kl": _divergence(big, draft).mean(axis=-1),
             "accepted": Sampling(1.0).acceptance(draft, big).mean(axis=-1),

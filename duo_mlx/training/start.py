@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from duo_mlx import checkpoint
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.model import Config, Model
 from duo_mlx.training.stage import randomness
 
 STD = 0.02  # of new weights
@@ -51,13 +51,13 @@ class Sizes:
             "skip_scope": self.skip_scope,
             "default_route": "big",
         }
-        ModelArgs.from_dict(config)
+        Config.from_dict(config)
         return config
 
 
 def initialised(model: Model, seed: int) -> dict[str, mx.array]:
     """New weights by name: normal with `STD`, into the residual stream less by sqrt(2 layers), norms 1 and biases 0."""
-    shrunk = (2 * model.args.num_hidden_layers) ** -0.5
+    shrunk = (2 * model.config.num_hidden_layers) ** -0.5
     found = {}
     for number, (name, each) in enumerate(sorted(checkpoint.parameters(model).items())):
         if each.ndim < 2:
@@ -86,7 +86,7 @@ def weights_of(directory: Path, changes: Mapping[str, Any]) -> tuple[dict[str, A
     weights = checkpoint.parameters(checkpoint.read_model(directory))
     changed = {key: value for key, value in (config | dict(changes)).items() if key != "quantization_config"}
     if changes:
-        shapes = checkpoint.parameters(Model(ModelArgs.from_dict(changed)))
+        shapes = checkpoint.parameters(Model(Config.from_dict(changed)))
         anew = "router_choices" in changes
         same = {
             name: each

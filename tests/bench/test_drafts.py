@@ -69,7 +69,7 @@ def test_one_pass_is_a_draft_after_every_prefix(tiny_model, verify, draft, chang
     for number, row in enumerate(rows):
         q = drafted_after_every_prefix(model, row, verify, draft)
         p = drafted_after_every_prefix(model, row, verify, verify)
-        q[:, model.args.draft_vocabulary :] = -np.inf
+        q[:, model.config.draft_vocabulary :] = -np.inf
         assert found[0, number].tolist() == (q.argmax(axis=-1) == p.argmax(axis=-1)).tolist()
         shared = np.minimum(softmax(q / 0.7), softmax(p / 0.7)).sum(axis=-1)
         np.testing.assert_allclose(found[1, number], shared, atol=2e-5)
@@ -104,7 +104,7 @@ def of(model, verify, growth=AS_BYTES):
 @pytest.mark.parametrize("draft", ["ssss", "BBss", "B--B", "BBBs"])
 def test_a_round_costs_the_bytes_that_speculation_counts(tiny_model, draft, vocabulary):
     model = tiny_model(small_layers=[0, 2, 3], draft_vocabulary=vocabulary)
-    verify, draft = pattern("big"), model.args.realised(pattern(draft))
+    verify, draft = pattern("big"), model.config.realised(pattern(draft))
     costs = of(model, verify)
     assert costs.rounds(draft)[0] == 1
     steps = speculate(model, [3, 4, 5], FixedPolicy(verify), FixedPolicy(draft), draft_tokens=3, max_tokens=12)

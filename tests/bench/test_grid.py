@@ -111,20 +111,20 @@ def test_bits_that_the_model_is_stored_in_are_measured_once():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_presets_fit_the_model_and_name_routes_that_it_has(tiny_model, shape, preset, peer):
     model = tiny_model(**SHAPES[shape])
-    found = grid.preset(preset, model.args)
-    assert found.groups("float32", peer) == grid.preset(preset, model.args).groups("float32", peer)
+    found = grid.preset(preset, model.config)
+    assert found.groups("float32", peer) == grid.preset(preset, model.config).groups("float32", peer)
     assert len(set(found.routes)) == len(found.routes)
     for route in (*found.routes, *found.deep_routes):
         policy_of(model, route)
     groups = found.groups("float32", peer)
-    grid.check(groups, model.args)
+    grid.check(groups, model.config)
     ids = [cell.id for group in groups for cell in group]
     assert len(set(ids)) == len(ids)
     for group in groups:
         assert len({(cell.quantisation, cell.prompt_tokens, cell.batch, cell.context) for cell in group}) == 1
         assert (group[0].engine, group[0].route, group[0].strategy) == ("duo-mlx", "big", "auto")
         assert [cell.engine for cell in group] == ["duo-mlx"] * (len(group) - peer) + ["mlx-lm"] * peer
-    assert ("router" in found.routes) == bool(model.args.router_choices)
+    assert ("router" in found.routes) == bool(model.config.router_choices)
     assert groups[0][0].context == 0
 
 

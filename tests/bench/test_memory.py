@@ -51,7 +51,7 @@ def test_a_written_model_loads_with_its_dtype(tmp_path):
     memory.write_model(tmp_path, layers=1, dtype="bfloat16", seed=0)
     assert {array.dtype for array in checkpoint.parameters(checkpoint.read_model(tmp_path)).values()} == {mx.bfloat16}
     model, _ = checkpoint.load(tmp_path, lazy=True)
-    assert model.args.hidden_size == memory.SHAPE["hidden_size"] and model.router().choices == (0, 1, 2)
+    assert model.config.hidden_size == memory.SHAPE["hidden_size"] and model.router().choices == (0, 1, 2)
 
 
 def test_the_record(saved, tmp_path, monkeypatch):

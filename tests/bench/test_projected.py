@@ -21,7 +21,7 @@ def test_it_is_the_mean_over_the_passes(tiny_model, quantisation, bits, by_route
     mixed = routes_of([2, 2, 1, 0], [2, 1, 1, 0])
     found = gpu_work(model, quantisation, mixed, 10, by_router)
     mixes = {str(number): shares(each) for number, each in enumerate(mixed[:, 0])}
-    expected = works(imagined(model.args, bits), mixes, 10, [strategy])[strategy].values()
+    expected = works(imagined(model.config, bits), mixes, 10, [strategy])[strategy].values()
     assert (found["strategy"], found["bits"]) == (strategy, bits)
     for key in ("bytes", "dispatches", "waits"):
         assert found[key] == pytest.approx(np.mean([getattr(each, key) for each in expected]))

@@ -8,7 +8,7 @@ import pytest
 from duo_mlx import cost, work
 from duo_mlx.bench import projected_speculation as bench
 from duo_mlx.errors import DuoError
-from duo_mlx.ffns import nbytes
+from duo_mlx.ffn import nbytes
 from duo_mlx.projection import SHAPES, Constants, Machine, find_chips
 from duo_mlx.routes import parse_pattern
 
@@ -34,7 +34,7 @@ def test_a_round_is_its_steps_its_pass_and_a_wait(tiny_model, vocabulary):
     cache = LAYERS * 10 * 2 * 2 * 4 * 4
     kernels = float(work.dispatches(model, "planned").of(pattern("big")))
     plain = (big + cache) / 1e9 + kernels * 1e-6
-    unread = nbytes(model.table) * (model.args.vocab_size - vocabulary) / model.args.vocab_size if vocabulary else 0
+    unread = nbytes(model.table) * (model.config.vocab_size - vocabulary) / model.config.vocab_size if vocabulary else 0
     step = (small - unread + cache) / 1e9 + kernels * 1e-6
     for growth, rows in ((ONCE, 1), (PER_ROW, 3)):
         copies, tokens, results, judged = 3, 2, 3, 2

@@ -40,7 +40,7 @@ def routes_of(model, policy, name, window, number):
         routes = np.stack([np.array(taken)[0] for taken in recorder.taken], axis=-1)
     else:
         routes = np.broadcast_to(policy.routes(number * TOKENS, (number + 1) * TOKENS), (1, TOKENS, 4))[0]
-    has_small = np.array([model.args.has_small(layer) for layer in range(4)])
+    has_small = np.array([model.config.has_small(layer) for layer in range(4)])
     return np.where((routes == 1) & ~has_small, 2, routes)
 
 

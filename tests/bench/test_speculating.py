@@ -93,7 +93,7 @@ def test_tokens_are_those_of_plain_decoding(tiny_model, done, pair, changes, con
             assert len(seconds) == sum(came) == tokens - 1 and came == [len(each.tokens) for _, _, each, _ in done]
             assert [layer.offset for layer in generator._cache] == [len(context) + len(prompt) + tokens - 1] * LAYERS
             first = len(context) + len(prompt)
-            routes = np.broadcast_to(model.args.realised(verify.routes(first, first + tokens - 1)), (1, tokens - 1, 4))
+            routes = np.broadcast_to(model.config.realised(verify.routes(first, first + tokens - 1)), (1, tokens - 1, 4))
             np.testing.assert_array_equal(generator.routes(), routes.swapaxes(0, 1))
 
 
@@ -166,7 +166,7 @@ def test_flops_are_those_of_each_token_in_each_layer(tiny_model, done, pair, cha
     generator.decode(15)
     expected = 0
     for start, _, each, drafted in done:
-        table = cost.flops(model.args, start + 1 + each.drafted // 2)
+        table = cost.flops(model.config, start + 1 + each.drafted // 2)
         verified = patterns(model, verify, start, start + each.drafted + 1)
         alike = True
         for layer in range(LAYERS):
@@ -176,7 +176,7 @@ def test_flops_are_those_of_each_token_in_each_layer(tiny_model, done, pair, cha
                     expected += table.by_route[layer, drafted[place, layer]]
                 if place == each.drafted or not alike:
                     expected += table.by_route[layer, verified[place, layer]]
-        of_draft = table.fixed * model.args.draft_vocabulary // model.args.vocab_size
+        of_draft = table.fixed * model.config.draft_vocabulary // model.config.vocab_size
         expected += (each.drafted + 1) * table.fixed + each.drafted * of_draft
     assert generator.record()["flops"] == expected
 

@@ -12,7 +12,7 @@ from duo_mlx import checkpoint
 from duo_mlx.bench import subject
 from duo_mlx.bench.subject import Subject
 from duo_mlx.errors import DuoError
-from duo_mlx.ffns import nbytes
+from duo_mlx.ffn import nbytes
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "small_intermediate_size": 48}
 BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "router_choices": "-sB"}
@@ -74,7 +74,7 @@ def test_a_directory_goes_by_its_last_name_and_is_loaded_fused(saved):
     directory, model = saved(**WIDE)
     found = Subject(str(directory), None)
     assert found.record["name"] == found.name == directory.name and "/" not in found.name
-    assert found.args == model.args
+    assert found.args == model.config
     assert all(layer.mlp.big._gate_up is not None for layer in found.model("float32").layers)
     assert found.tokenizer.encode("w0 w1") == [2, 3]
 

@@ -28,19 +28,19 @@ def routes_of(model, passes, batch):
     """Routes as realised, ``[passes, batch, layers]``; in the first pass all sequences skip."""
     routes = np.random.default_rng(0).integers(0, 3, (passes, batch, LAYERS)).astype(np.uint8)
     routes[0] = 0
-    return model.args.realised(routes)
+    return model.config.realised(routes)
 
 
 def everything_read(model, routes, all_computed=False, by_router=False):
     """Bytes that a pass over a batch reads, array by array by its name; ``routes [batch, layers]``."""
     sizes = {name: array.nbytes for name, array in checkpoint.parameters(model).items()}
     table = sizes["model.embed_tokens.weight"]
-    names = {"model.norm.weight", "model.embed_tokens.weight" if model.args.tie_word_embeddings else "lm_head.weight"}
-    read = table // model.args.vocab_size
+    names = {"model.norm.weight", "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"}
+    read = table // model.config.vocab_size
     for layer in range(LAYERS):
         used = {*routes[:, layer].tolist()} | ({1, 2} if all_computed else set())
         parts = ["input_layernorm", "self_attn.k_proj", "self_attn.v_proj"]
-        attends = model.args.skip_scope == "ffn" or used != {0}
+        attends = model.config.skip_scope == "ffn" or used != {0}
         if attends:
             parts += ["self_attn.q_proj", "self_attn.o_proj"]
         read += len(routes) * KV * (CONTEXT if attends else 1)
@@ -57,7 +57,7 @@ def test_of_one_sequence_they_are_the_tables(model, by_router):
     found = touched.bytes_per_token(model, routes, CONTEXT, "planned", by_router)
     assert found == pytest.approx(table.of(routes[:, 0]).mean(), rel=1e-12)
     flops = touched.flops_per_token(model, routes, CONTEXT, "planned")
-    assert flops == pytest.approx(cost.flops(model.args, CONTEXT).of(routes[:, 0]).mean(), rel=1e-12)
+    assert flops == pytest.approx(cost.flops(model.config, CONTEXT).of(routes[:, 0]).mean(), rel=1e-12)
 
 
 @pytest.mark.parametrize("by_router", [False, True])
@@ -91,7 +91,7 @@ def test_the_reference_and_masked_products_on_a_cpu_read_and_compute_both(model,
             for name, array in checkpoint.parameters(model).items()
             if array.ndim == 2 and "router" not in name
         }
-        if not model.args.tie_word_embeddings:
+        if not model.config.tie_word_embeddings:
             del matrices["model.embed_tokens.weight"]  # a row of it is looked up, which is no product
         attention = LAYERS * 2 * CONTEXT * 16 * 2  # scores and mixtures, over four heads of four
         expected = 2 * sum(map(math.prod, matrices.values())) + attention
@@ -109,5 +109,5 @@ def test_other_strategies_leave_out_what_no_route_needs(tiny_model, ran):
 
 def test_flops_are_the_mean_over_passes_and_sequences(model):
     routes = routes_of(model, 20, 3)
-    expected = np.mean([cost.flops(model.args, CONTEXT).of(pattern) for each in routes for pattern in each])
+    expected = np.mean([cost.flops(model.config, CONTEXT).of(pattern) for each in routes for pattern in each])
     assert touched.flops_per_token(model, routes, CONTEXT, "sorted") == pytest.approx(expected, rel=1e-12)

@@ -70,7 +70,7 @@ def test_what_was_measured_is_in_the_directory_and_budgets_pick_from_it(grafted)
     model, _ = duo_mlx.load(grafted)
     record = json.loads((grafted / "patterns.json").read_text())
     known = [(found["pattern"], found["loss"]) for found in record["patterns"]]
-    assert known == [(found["pattern"], found["loss"]) for found in model.args.best_patterns]
+    assert known == [(found["pattern"], found["loss"]) for found in model.config.best_patterns]
     assert known[0][0] == "BBBB" and not any("B" in pattern for pattern, _ in known[-1:])
     assert len(record["loss"]["small_in_one_layer"]) == len(record["loss"]["skip_in_one_layer"]) == 4
     for big in range(5):

@@ -43,7 +43,7 @@ def test_a_dense_model_becomes_a_duo(dense, graft, text, tmp_path, succeed):
     assert ids.dtype == np.int32 and ids.tolist() == expected[:300]
 
     model, _ = duo_mlx.load(tmp_path / "model", dtype=mx.bfloat16)
-    args, weights = model.args, checkpoint.parameters(model)
+    args, weights = model.config, checkpoint.parameters(model)
     assert (args.small_intermediate_size, args.small_bias, args.small_layers) == (4, True, (1, 2, 3))
     assert {value.dtype for value in weights.values()} == {mx.bfloat16}
     theirs = {}

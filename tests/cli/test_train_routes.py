@@ -82,7 +82,7 @@ def test_it_writes_a_model_directory_and_a_record(straight):
         "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "tokens", "training.json",
     ]  # fmt: skip
     model, tokenizer = duo_mlx.load(out)
-    assert model.args.vocab_size == 300 and model.args.max_position_embeddings == 16
+    assert model.config.vocab_size == 300 and model.config.max_position_embeddings == 16
     assert tokenizer.decode(tokenizer.encode("The old man sat", add_special_tokens=False)) == "The old man sat"
     record = json.loads((out / "training.json").read_text())
     assert record["steps"] == 6 and record["tokens"] == 192 and record["recipe"]["whole_big"] == 0.2

@@ -131,7 +131,7 @@ def test_a_single_file_with_its_configuration(source, tmp_path):
         convert(directory / "duo.pt", tmp_path / "model")
     convert(directory / "duo.pt", tmp_path / "model", config=config, dtype="float16", default_route="Bs-B")
     model, _ = duo_mlx.load(tmp_path / "model", dtype=mx.float16)
-    assert model.args.default_pattern.tolist() == [2, 1, 0, 2]
+    assert model.config.default_pattern.tolist() == [2, 1, 0, 2]
     assert {value.dtype for value in checkpoint.parameters(model).values()} == {mx.float16}
 
 

@@ -182,7 +182,7 @@ def test_a_dense_model_whose_attention_slides_everywhere_is_verified_within_its_
     """mlx-lm's llama cannot be made with that; Mistral's first models have it."""
     sliding = {"sliding_window": 5, "layer_types": ["sliding_attention"] * 4}
     directory, model = saved(**sliding)
-    full = Model(replace(model.args, sliding_window=None, layer_types=()))
+    full = Model(replace(model.config, sliding_window=None, layer_types=()))
     full.update(model.parameters())
     dense = {name: Tensor.of(value) for name, value in tree_flatten(llama_twin(full).parameters())}
     config = config_of(directory) | {"model_type": "llama"}

@@ -39,7 +39,7 @@ def test_shapes_are_those_of_the_model_and_of_mlx_lms_llama(tiny_config, tiny_mo
     config = tiny_config(**changes)
     model = tiny_model(**changes)
     duo = {name: value.shape for name, value in tree_flatten(model.parameters())}
-    assert plan.expected_shapes(model.args) == duo
+    assert plan.expected_shapes(model.config) == duo
     dense = {key: value for key, value in config.items() if key != "small_intermediate_size"} | {"model_type": "llama"}
     twin = {
         name: value.shape for name, value in tree_flatten(llama.Model(llama.ModelArgs.from_dict(dense)).parameters())
@@ -50,9 +50,9 @@ def test_shapes_are_those_of_the_model_and_of_mlx_lms_llama(tiny_config, tiny_mo
 @pytest.mark.parametrize("changes", [{"small_layers": [0, 2]}, {"small_bias": True}, {"small_layers": []}])
 def test_shapes_of_small_ffns_alone(tiny_model, changes):
     model = tiny_model(**changes)
-    expected = plan.expected_shapes(model.args)
+    expected = plan.expected_shapes(model.config)
     assert expected == {name: value.shape for name, value in tree_flatten(model.parameters())}
-    dense = plan.expected_shapes(model.args, dense=True)
+    dense = plan.expected_shapes(model.config, dense=True)
     assert dense == plan.expected_shapes(tiny_model().args, dense=True)
 
 

@@ -160,7 +160,7 @@ def test_noise_follows_the_seed_and_not_the_batch(noisy):
 
 def test_noise_of_large_states_in_half_precision(tiny_model):
     model = tiny_model(tie_word_embeddings=False)
-    half = Model(model.args)
+    half = Model(model.config)
     weights = {name: value.astype(mx.float16) for name, value in tree_flatten(model.parameters())}
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"] * 2000  # whose squares overflow
     half.load_weights(list(weights.items()))

@@ -42,7 +42,7 @@ def test_numbers_of_big_layers(tiny_model, spec, allowed):
 @pytest.mark.parametrize("share", [0.6, 0.8, 1.0])
 def test_shares_of_bytes_and_flops(tiny_model, share):
     model = tiny_model()
-    for kind, table in (("bytes", cost.weight_bytes(model)), ("flops", cost.flops(model.args, CONTEXT))):
+    for kind, table in (("bytes", cost.weight_bytes(model)), ("flops", cost.flops(model.config, CONTEXT))):
         prices = table.of(PATTERNS)
         found = parse_limit(f"{kind}:{share}", model, CONTEXT).allows(PATTERNS, TOKENS)[:, 0]
         np.testing.assert_array_equal(found, prices <= share * prices.max())

@@ -122,8 +122,8 @@ def found(tiny_model, tiny_config):
         if key not in made:
             model = Model(ModelArgs.from_dict(tiny_config(**changes)))
             model.update(tiny_model(seed, **changes).parameters())
-            width = model.args.small_intermediate_size
-            for index in filter(model.args.has_small, range(LAYERS)):
+            width = model.config.small_intermediate_size
+            for index in filter(model.config.has_small, range(LAYERS)):
                 big, small = model.layers[index].mlp.big, model.layers[index].mlp.small
                 small.gate_proj.weight, small.up_proj.weight = big.gate_proj.weight[:width], big.up_proj.weight[:width]
                 small.down_proj.weight = big.down_proj.weight[:, :width]
@@ -149,7 +149,7 @@ def test_losses_and_sensitivities_are_those_of_whole_passes(found, changes):
     for layer in range(LAYERS):
         small, skip = ("B" * layer + letter + "B" * (LAYERS - layer - 1) for letter in "s-")
         assert measured.skip[layer] == pytest.approx(losses[skip], abs=TOLERANCE)
-        if model.args.has_small(layer):
+        if model.config.has_small(layer):
             assert measured.small[layer] == pytest.approx(losses[small], abs=TOLERANCE)
         else:
             assert measured.small[layer] is None
@@ -167,7 +167,7 @@ def test_the_walk_goes_down_layer_by_layer_until_none_is_big(found, changes, see
     for before, after in itertools.pairwise(patterns):
         (moved,) = [layer for layer in range(LAYERS) if before[layer] != after[layer]]
         assert before[moved] + after[moved] in ("Bs", "B-", "s-")
-        assert after[moved] != "s" or model.args.has_small(moved)
+        assert after[moved] != "s" or model.config.has_small(moved)
     shares = shares_of_bytes(model, np.stack([parse_pattern(pattern, LAYERS) for pattern in patterns]))
     assert measured.bytes == shares.tolist()
     assert measured.bytes[0] == 1 and (np.diff(measured.bytes) < 0).all()

@@ -71,8 +71,8 @@ class Kept(Router):
 
 def by_hand(model, k, window):
     """Losses ``[length]`` and routes ``[length, layers]`` of a sequence: asked first, and then passed as numbers."""
-    offset = np.interp(k / LAYERS, *np.array(model.args.router_offsets).T)
-    kept, inputs = Kept(model.router(of_big(model.args, float(offset)))), mx.array(window[None, :-1])
+    offset = np.interp(k / LAYERS, *np.array(model.config.router_offsets).T)
+    kept, inputs = Kept(model.router(of_big(model.config, float(offset)))), mx.array(window[None, :-1])
     mx.eval(model(inputs, routes=kept))
     routes = np.stack([np.array(kept.said[layer])[0] for layer in range(LAYERS)], axis=-1)
     logits = np.array(model(inputs, routes=routes[None]))[0].astype(np.float64)

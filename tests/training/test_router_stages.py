@@ -311,14 +311,14 @@ def test_a_share_is_realised_by_the_curve(tiny_model, choices, ahead):
     found = calibration.curve(model, windows)
     shares, moved = np.array(found).T
     assert (np.diff(shares) > 0).all() and (np.diff(moved) > 0).all() and len(found) > 12
-    model.args.__dict__["router_offsets"] = tuple(found)
+    model.config.__dict__["router_offsets"] = tuple(found)
     try:
         for wanted in (0.25, 0.5, 0.7):
-            routed = RoutedModel(model, model.router(threshold.offsets(model.args, f"router:{wanted}")))
+            routed = RoutedModel(model, model.router(threshold.offsets(model.config, f"router:{wanted}")))
             mx.eval(routed(mx.array(windows)))
             assert (routed.taken(0, 64, 8) == 2).mean() == pytest.approx(wanted, abs=0.02)
     finally:
-        model.args.__dict__["router_offsets"] = ()
+        model.config.__dict__["router_offsets"] = ()
 
 
 def test_biases_settle_where_the_budget_is_met(routed):

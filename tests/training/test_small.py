@@ -58,7 +58,7 @@ def test_nothing_but_small_changes(trainer, stage):
 def test_the_loss_is_the_divergence_of_drafts_after_each_prefix(trainer, passes, config):
     trained, _ = trainer(Draft(LAYERS, pattern=PATTERN, passes=passes), **config)
     windows, drawn = trained.batch(1)
-    known = trained.model.args.draft_vocabulary
+    known = trained.model.config.draft_vocabulary
     big, draft = (log_softmax(each[..., :known]) for each in distributions(trained.model, windows))
     expected = divergences(big, draft).mean(-1)
     found = np.array(trained.stage.loss(trained.model, mx.array(windows), drawn))

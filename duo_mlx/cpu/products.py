@@ -19,6 +19,7 @@ import mlx.nn as nn
 
 from duo_mlx import _blas
 from duo_mlx.auto import FEW
+from duo_mlx.device import on_cpu
 
 FORMAT = ("mode", "bits", "group_size")
 UNCOPIED = {"SkylakeX", "Cooperlake", "SapphireRapids"}  # kernels that copy no weights for products
@@ -26,14 +27,6 @@ OUTPUTS, MULTIPLICATIONS = 1200, 1_000_000  # of at most so many numbers, and so
 LEAST = 32  # and of at least so wide inputs. Pieces have as many outputs, or there would be too many
 THREADS = 2  # at most
 RULE = f"products are cut for OpenBLAS with kernels for {', '.join(sorted(UNCOPIED))} and at most {THREADS} threads"
-
-
-def on_cpu() -> bool:
-    """Whether MLX runs on the CPU, where some of its fused primitives are many small ones.
-
-    Where a small model decodes, these take longer than what they stand between, the products with its weights.
-    """
-    return mx.default_device().type == mx.DeviceType.cpu
 
 
 def few(x: mx.array) -> bool:
@@ -67,14 +60,6 @@ def _empty(like: nn.Module) -> nn.Module:
         if hasattr(like, name):
             setattr(found, name, getattr(like, name))
     return found
-
-
-def first(table: nn.Module, outputs: int) -> nn.Module:
-    """The linear map to the first ``outputs`` of a head or of an embedding, without a copy of weights."""
-    part = _empty(table)
-    for name in table:
-        part[name] = table[name][:outputs]
-    return part
 
 
 def onto(residual: mx.array | None, linear: nn.Module, x: mx.array) -> mx.array:

@@ -1,0 +1,29 @@
+"""Bases: the architectures that a Duo is hosted in, mlx-lm's own and those that mlx-lm lacks."""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from mlx_lm.utils import _get_classes
+
+from duo_mlx.errors import DuoError
+
+
+def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the Model and Config classes of a base's config.json.
+
+    Raises:
+        DuoError: neither this package nor mlx-lm has the architecture.
+    """
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind.isidentifier() and find_spec(f"{__name__}.{kind}"):
+        module = import_module(f"{__name__}.{kind}")
+        return module.Model, module.Config
+    try:
+        found: tuple[Any, Any] = _get_classes(config)
+    except (ValueError, KeyError, AttributeError):
+        raise DuoError(
+            f"the installed mlx-lm has no architecture {kind!r}, so no Duo can be hosted in it; "
+            "a newer mlx-lm may have it (pip install -U mlx-lm)"
+        ) from None
+    return found
