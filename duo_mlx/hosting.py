@@ -146,7 +146,7 @@ def trunk_of(model: nn.Module, layers: list[Any]) -> nn.Module:
         DuoError: none does.
     """
     for module in model.modules():
-        if any(isinstance(child, list) and layers[0] in child for child in module.values()):
+        if any(isinstance(child, list) and any(each is layers[0] for each in child) for child in module.values()):
             return module
     raise DuoError("no module holds the layers")
 

@@ -91,7 +91,7 @@ class Model(nn.Module):
         small = None
         if config.has_small(index):
             width = config.small_intermediate_size
-            small = GatedFFN(config.hidden_size, width, config.small_activation, config.small_bias)
+            small = GatedFFN(config.hidden_size, width, config.small_activation, config.small_has_bias)
         router = RouterWeights(config) if config.router_choices else None
         block[name] = made = DuoFFN(block[name], small, router, index)
         return made

@@ -10,14 +10,16 @@ from mlx_lm.utils import quantize_model
 from duo_mlx import checkpoint, cost
 from duo_mlx.model import Model, ModelArgs
 
-PAPER = ModelArgs(
-    hidden_size=2560,
-    num_hidden_layers=12,
-    intermediate_size=10240,
-    small_intermediate_size=640,
-    num_attention_heads=20,
-    rms_norm_eps=1e-5,
-    vocab_size=32000,
+PAPER = ModelArgs.from_dict(
+    {
+        "hidden_size": 2560,
+        "num_hidden_layers": 12,
+        "intermediate_size": 10240,
+        "small_intermediate_size": 640,
+        "num_attention_heads": 20,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 32000,
+    }
 )
 
 

@@ -242,7 +242,7 @@ def test_the_likeliest_stands_or_comes_instead():
 def chain():
     """A Duo whose next token depends on the last one alone, since attention gives nothing."""
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "small_intermediate_size": 8}
-    model = Model(ModelArgs(**shape, num_attention_heads=2, rms_norm_eps=1e-5, vocab_size=VOCABULARY))
+    model = Model(ModelArgs.from_dict(shape | {"num_attention_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": VOCABULARY}))
     random = np.random.default_rng(8)
     weights = [
         (name, mx.array(random.standard_normal(value.shape).astype(np.float32) * (0 if "o_proj" in name else 0.3)))
