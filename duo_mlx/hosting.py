@@ -163,6 +163,16 @@ def ffn_name(block: nn.Module) -> str:
     raise DuoError(f"a layer has no FFN that this package knows, only {', '.join(sorted(block))}")
 
 
+def norms_of_ffn(block: nn.Module) -> list[nn.Module]:
+    """The norms of a block that only its FFN has use for, as far as their names tell."""
+    for name in ("pre_feedforward_layernorm", "pre_ff_layernorm", "ffn_norm", "ln_2"):
+        if name in block:
+            return [block[name]]
+    if "post_attention_layernorm" in block and not any("feedforward" in name for name in block):
+        return [block["post_attention_layernorm"]]
+    return []
+
+
 def without(model: Any) -> nn.Module:
     """The base that a hosted model is: a copy with the same weights, in which each big FFN is the block's own again."""
 

@@ -9,9 +9,9 @@ import pytest
 
 from duo_mlx import auto
 from duo_mlx.errors import DuoError
+from duo_mlx.ffn import DuoFFN, GatedFFN
 from duo_mlx.kernels import launch, selfcheck, verdicts
 from duo_mlx.kernels.verdicts import Figures, Verdict
-from duo_mlx.ffn import DuoFFN, GatedFFN
 
 NO_GPU = "Metal kernels need an Apple GPU, and MLX finds none here"
 FIGURES = Figures(bandwidth_bytes_s=1e11, dispatch_s=5e-6, read_back_s=3e-4, crossing_s=1e-4)
