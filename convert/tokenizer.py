@@ -89,8 +89,8 @@ def write(source: Path, destination: Path, vocab_size: int) -> str | None:
         _copy(source, destination, (*TEMPLATES, GENERATION))
     else:
         raise DuoError(
-            f"{source}: holds no tokenizer; it must have a tokenizer.json, a tokenizer.model (sentencepiece), or "
-            "vocab.json and merges.txt"
+            f"{source}: holds neither a tokenizer.json nor a tokenizer.model (sentencepiece), nor vocab.json with "
+            "merges.txt"
         )
     return _compare(made, origin, vocab_size)
 
@@ -134,8 +134,8 @@ def _convert(source: Path, destination: Path) -> None:
             if what := foreign_content(source / name):
                 raise DuoError(f"{source / name}: {what}") from None
         raise DuoError(
-            f"{source}: vocab.json and merges.txt cannot be read as tokenizer_config.json says ({one_line(error)}); put "
-            "a tokenizer.json beside them"
+            f"{source}: vocab.json and merges.txt cannot be read as tokenizer_config.json says ({one_line(error)}); "
+            "put a tokenizer.json beside them"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

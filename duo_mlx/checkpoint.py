@@ -163,7 +163,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_eos_ids(directory: Path, config: Mapping[str, Any]) -> list[int] | int | None:
-    """Read the ids that end a text: generation_config.json's, else config.json's, as mlx-lm does; None: neither has any.
+    """Read the ids that end a text: generation_config.json's, else config.json's, as mlx-lm does; None: none.
 
     ``config`` is the directory's config.json.
     """

@@ -74,7 +74,7 @@ def read(file: Path, read_file: Callable[[Path], dict[str, Tensor]]) -> tuple[li
     parts = [read_file(shard) for shard in files]
     for shard, part in zip(files, parts, strict=True):
         if part.keys() != parts[0].keys():
-            name = sorted(part.keys() ^ parts[0].keys())[0]
+            name = min(part.keys() ^ parts[0].keys())
             raise DuoError(f"{shard}: only one of it and {files[0].name} holds {shown(name)}")
     if len(files) == 1:
         return files, parts[0]
