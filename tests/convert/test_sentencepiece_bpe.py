@@ -56,12 +56,14 @@ def both(request):
 
 
 BITS = st.sampled_from(
-    [" ", "  ", " " * 15, " " * 17, "\u2581", "\n", "the", " the", "inner", "é", "日本", "🙂", "</s>", "<s>", "<0x41>"]
-    + ["<unk>", "[INST]", "[RE", "]", "[REF]", "[/REF]", "[REF]9"]
+    [" ", "  ", " " * 15, " " * 17, "\n", "\u2581", "the", " the", "inner", "é", "日本", "🙂", "[RE", "]"]
 )
+SYMBOLS = st.sampled_from(["</s>", "<s>", "<0x41>", "<unk>", "[INST]", *ADDED])
 
 
-@given(st.lists(BITS | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=4)))
+@given(
+    st.lists(BITS | SYMBOLS | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=4))
+)
 @example([" " * 70])
 @example(["[REF]", "</s>", "[REF]"])
 @example(["[REF]", "<0x41>"])
