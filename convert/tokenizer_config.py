@@ -75,7 +75,7 @@ def carried(tokenizer: Tokenizer, config: dict[str, Any], said: Mapping[str, Any
             (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
     check_ids(tokenizer, added, source)
     config = config | {key: said[key] for key in KEPT if key in said}
-    config |= {role: token for role in ROLES if (token := _content(said.get(role))) is not None}
+    config |= {role: text for role in ROLES if (text := _content(said.get(role))) is not None}
     config |= {key: said[key] for key in SPECIAL if isinstance(said.get(key), list)}
     for role in ROLES:
         if role in config and tokenizer.token_to_id(config[role]) is None:
