@@ -111,6 +111,12 @@ def convert(
         router_choices=router_choices,
     )
     found.check()
+    if verify and (graft is None or bits is not None):
+        from duo_mlx.convert import parity
+
+        parity.check_reference(found.config | ({"small_intermediate_size": 1} if graft else {}))
+    for note in found.checkpoint.notes:
+        watch.note(note)
     refuse_overlap(found.checkpoint.source, destination)
     if graft is not None and graft.small_layers is not None:
         _check_layers(graft.small_layers, found)
@@ -203,9 +209,11 @@ class _Job:
 
     def _bring_tokenizer(self, directory: Path) -> None:
         try:
-            write_tokenizer(self.source.checkpoint, directory, self.source.config["vocab_size"])
+            note = write_tokenizer(self.source.checkpoint, directory, self.source.config["vocab_size"])
         except OSError as error:
             raise DuoError(f"{error.filename2 or error.filename or directory}: {error.strerror or error}") from error
+        if note:
+            self.watch.note(note)
 
     def _bring_record(self, directory: Path) -> None:
         """What stands beside ``best_patterns`` that are taken as they are."""

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from duo_mlx.config import Config
 from duo_mlx.convert import keymaps, plan, settings, stored
 from duo_mlx.convert.readers import gguf_header, open_checkpoint
 from duo_mlx.convert.readers.text import read_object
-from duo_mlx.convert.tensors import Checkpoint, Tensor, Tensors
+from duo_mlx.convert.tensors import DTYPES, Checkpoint, Tensor, Tensors
+from duo_mlx.convert.tokenizer import write_tokenizer
 from duo_mlx.errors import DuoError
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -110,12 +112,13 @@ def inspect(checkpoint: Checkpoint, source: str) -> Inspection:
         keymap = keymaps.detect(checkpoint.tensors, rope=None if config else "half")
         tensors = keymap.to_canonical(checkpoint.tensors, config)
     except DuoError as error:  # unknown names, or a configuration without what this map needs
-        problems.append(str(error))
+        problems.append(_unsupported(checkpoint) or str(error))
         tensors = dict(checkpoint.tensors)
     tensors = plan.kept(tensors, tied=False)
     rows, kind = _rows(tensors), _kind(config, tensors)
     problems += _problems(checkpoint, tensors, kind) if keymap is not None and not problems else []
     quantised = _quantised(config)
+    problems += _tokenizer_problems(checkpoint, config) if config and kind != "unknown" and quantised is None else []
     size, heads = config.get("hidden_size", rows.get("model.norm.weight")), config.get("num_attention_heads")
     head_dim, queries = config.get("head_dim"), rows.get("self_attn.q_proj.weight")
     if head_dim is None and queries is not None and type(heads) is int and heads > 0:
@@ -189,6 +192,9 @@ def _problems(checkpoint: Checkpoint, tensors: Tensors, kind: str) -> list[str]:
         tied = config.setdefault("tie_word_embeddings", "lm_head.weight" not in tensors)
         args = settings.dense_args(config) if kind == "dense" else Config.from_dict(config)
         tensors = settings.with_output_biases(checkpoint.config, checkpoint.source, plan.kept(tensors, tied))
+        if wrong := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
+            kind = tensors[wrong[0]].dtype
+            return [f"{wrong[0]} is {kind}; weights must be {', '.join(DTYPES)}"]
         misfits = plan.misfits(tensors, plan.expected_shapes(args, dense=kind == "dense"))
     except DuoError as error:
         return [str(error)]
@@ -197,9 +203,33 @@ def _problems(checkpoint: Checkpoint, tensors: Tensors, kind: str) -> list[str]:
     return [f"{len(misfits)} tensors do not fit config.json ({misfits[0]}); --dry-run lists them"]
 
 
+def _unsupported(checkpoint: Checkpoint) -> str | None:
+    """What the configuration alone forbids, which says more than names that fit no key map."""
+    if not checkpoint.config or settings.is_quantised(checkpoint.config):
+        return None
+    try:
+        settings.settings(checkpoint.config, checkpoint.source)
+    except DuoError as error:
+        return str(error)
+    return None
+
+
+def _tokenizer_problems(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+    """Why the tokenizer would be refused."""
+    size = config.get("vocab_size")
+    if type(size) is not int:
+        return []
+    with TemporaryDirectory() as made:
+        try:
+            write_tokenizer(checkpoint, Path(made), size)
+        except DuoError as error:
+            return [str(error)]
+    return []
+
+
 def _quantised(config: Mapping[str, Any]) -> str | None:
     if not settings.is_quantised(config):
-        return None
+        return settings.foreign_quantisation(config)
     said = config["quantization"]
     special = Counter(value["bits"] for value in said.values() if isinstance(value, dict) and "bits" in value)
     others = "".join(f", {count} modules in {bits} bits" for bits, count in sorted(special.items()))
@@ -256,6 +286,8 @@ def _tokenizer(checkpoint: Checkpoint) -> str | None:
             return "tokenizer.json, which is damaged"
         chat = ", with a chat template" if _has_template(directory) else ""
         return f"tokenizer.json, {kind or 'of an unnamed kind'}, {count} entries{chat}"
+    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        return "vocab.json and merges.txt"
     return "tokenizer.model, sentencepiece" if (directory / "tokenizer.model").is_file() else None
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from duo_mlx.config import Config
+from duo_mlx.arguments import ModelArgs
+from duo_mlx.convert.readers.text import shown
 from duo_mlx.convert.tensors import DTYPES, Tensor, Tensors
 from duo_mlx.errors import DuoError
 
@@ -28,7 +29,6 @@ ABSENT: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("hidden_activation", ("silu", "swish"), "silu is supported"),
     ("partial_rotary_factor", (1,), "RoPE turns whole heads"),
     ("rotary_pct", (1,), "RoPE turns whole heads"),
-    ("pretraining_tp", (1,), "1 is supported"),
     ("use_qk_norm", (False,), "there are no norms on q and k"),
     ("qk_norm", (False,), "there are no norms on q and k"),
     ("qk_layernorm", (False,), "there are no norms on q and k"),
@@ -59,6 +59,15 @@ def is_quantised(config: Mapping[str, Any]) -> bool:
     return isinstance(config.get("quantization"), dict)
 
 
+def foreign_quantisation(config: Mapping[str, Any]) -> str | None:
+    """By which method weights are quantised that MLX did not quantise, such as gptq; None: they are not."""
+    theirs = config.get("quantization_config")
+    if theirs is None or is_quantised(config):
+        return None
+    method = theirs.get("quant_method") if isinstance(theirs, dict) else None
+    return shown(method) if method else "by an unknown method"
+
+
 def family(config: Mapping[str, Any], source: Path) -> str:
     """One of `FAMILIES`, or "duo".
 
@@ -75,8 +84,7 @@ def family(config: Mapping[str, Any], source: Path) -> str:
         return "duo" if is_duo(config) else "llama"
     if kind not in (*FAMILIES, "duo"):
         raise DuoError(
-            f"{source}: the architecture {kind!r} is not supported; known are duo, {', '.join(FAMILIES)}. "
-            'If its layers are Llama\'s, let config.json say "model_type": "llama"'
+            f"{source}: the architecture {shown(kind)!r} is not supported; known are duo, {', '.join(FAMILIES)}"
         )
     return str(kind)
 
@@ -113,13 +121,11 @@ def settings(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
 
 def _check_weights(config: Mapping[str, Any], source: Path) -> None:
     """Refuse quantised weights of others; their tensors hold no numbers that could be taken as they are."""
-    theirs = config.get("quantization_config")
-    if theirs is None or is_quantised(config):
+    if foreign_quantisation(config) is None:
         return
-    method = theirs.get("quant_method") if isinstance(theirs, dict) else None
     raise DuoError(
-        f"{source}: its weights are quantised ({method or 'by an unknown method'}); give one with weights in "
-        f"{', '.join(DTYPES)}"
+        f"{source}: its weights are quantised ({foreign_quantisation(config)}); convert the model that it was made of, "
+        f"with weights in {', '.join(DTYPES)}"
     )
 
 
@@ -276,7 +282,12 @@ def settle_router(config: Mapping[str, Any], choices: str | None, tensors: Tenso
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(mx.array_equal(a.load(), b.load()).item())
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and a.dtype in DTYPES
+        and bool(mx.array_equal(a.load(), b.load()).item())
+    )
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

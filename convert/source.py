@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from duo_mlx.config import Config
 from duo_mlx.convert import keymaps, plan, readers, settings
-from duo_mlx.convert.readers.text import is_file, read_object
-from duo_mlx.convert.tensors import Checkpoint, Tensor
+from duo_mlx.convert.readers.text import is_file, read_object, shown
+from duo_mlx.convert.tensors import DTYPES, Checkpoint, Tensor
 from duo_mlx.errors import DuoError
 
 Value = TypeVar("Value")
@@ -35,11 +35,17 @@ class Source:
         return plan.table(plan.plan(self.checkpoint.tensors, tensors, expected))
 
     def check(self) -> None:
-        """Whether weights and configuration agree.
+        """Check that weights and configuration agree.
 
         Raises:
-            MisfitError: they do not.
+            DuoError: a tensor is of a type that is not written; `MisfitError`: tensors do not fit the configuration.
         """
+        for name, tensor in self.tensors.items():
+            if tensor.dtype not in DTYPES:
+                raise DuoError(
+                    f"{self.name}: {shown(tensor.name or name)} is {tensor.dtype}; weights must be {', '.join(DTYPES)} "
+                    "(a rule of --key-map with drop = true leaves a tensor out)"
+                )
         if misfits := plan.misfits(self.tensors, self.expected):
             raise plan.MisfitError(self.name, misfits)
 
@@ -88,7 +94,7 @@ def open_source(
     args = settings.dense_args(made) if graft else Config.from_dict(made)
     tensors = plan.kept(tensors, args.tie_word_embeddings)
     if dtype is not None:
-        tensors = {key: tensor.astype(dtype) for key, tensor in tensors.items()}
+        tensors = {key: tensor.astype(dtype) if tensor.dtype in DTYPES else tensor for key, tensor in tensors.items()}
         made = settings.with_dtype(made, dtype)
     return Source(name, checkpoint, made, tensors, plan.expected_shapes(args, dense=graft), graft)
 
