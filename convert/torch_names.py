@@ -6,7 +6,7 @@ addresses, and where these come out is what has to be undone.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -57,7 +57,7 @@ def to_transformers(
     dense, parts = split(weights, bool(config.get("router_choices")))
     dense = {plain(name): tensor for name, tensor in dense.items()}
     make = base or (lambda: _base({**config, "model_type": kind}))
-    found = _undone(kind, dense, checkpoint_shapes(config), make)
+    found = _undone(kind, dense, checkpoint_shapes(config, dense), make)
     if same := sorted(found.keys() & parts.keys()):
         raise DuoError(f"{same[0]} is a weight of the Duo and of transformers' {kind}; they cannot be in one file")
     return found | parts
@@ -69,16 +69,21 @@ def plain(name: str) -> str:
     return f"{found[1]}.{found[2]}" if found else name
 
 
-def checkpoint_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of the tensors that transformers writes for a base; nothing is allocated."""
+def checkpoint_shapes(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors that transformers writes for a base; nothing is allocated.
+
+    Args:
+        config: a Duo's config.json.
+        names: see `duo_mlx.convert.torch_reference.transformers_config`.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
-    from duo_mlx.convert.torch_reference import transformers_config
+    from duo_mlx.convert.torch_reference import quiet, transformers_config
 
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(transformers_config(config))
+    with quiet(), torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(transformers_config(config, names))
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
     return {name: tuple(value.shape) for name, value in revert_weight_conversion(model, state).items()}
@@ -171,9 +176,7 @@ def _pieces(name: str, owners: mx.array, places: mx.array) -> Iterator[tuple[int
         yield number, Piece(name, row, place.shape, offset, strides)
 
 
-def _assembled(
-    pieces: list[Piece], shape: tuple[int, ...], dense: Tensors, read: Callable[[str], mx.array]
-) -> Tensor:
+def _assembled(pieces: list[Piece], shape: tuple[int, ...], dense: Tensors, read: Callable[[str], mx.array]) -> Tensor:
     first = dense[pieces[0].canonical]
     if len(pieces) == 1 and pieces[0].row is None and (pieces[0].shape, pieces[0].strides) == (shape, _in_order(shape)):
         return first

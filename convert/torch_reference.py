@@ -4,12 +4,13 @@ A `TorchDuo` has the interface of `duo_mlx.convert.reference.DuoModel`: `routed`
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,7 +21,17 @@ from duo_mlx.errors import DuoError
 
 # <block path>.<layer>.<ffn>.small.gate_proj.weight
 PART = re.compile(r"(?:.*?\.)?(\d+)\.\w+\.(small\.(?:gate|up|down)_proj\.(?:weight|bias)|router\.(?:weight|bias))")
+HEADS = ("lm_head.weight", "embed_out.weight")
 Value = TypeVar("Value")
+# Where mlx-lm computes a type in another form than its checkpoints state, the reference follows mlx-lm: a Duo is mlx-lm's
+# model, and these differences of up to 1e-2 in logits would hide a wrong weight.
+AS_MLX_LM: dict[str, dict[str, Any]] = {
+    "gemma": {"hidden_act": "gelu"},  # not the tanh form
+    "gpt_bigcode": {"activation_function": "gelu"},
+    "gpt_neox": {"hidden_act": "gelu_pytorch_tanh"},  # not the exact one
+    "gpt_oss": {"rope_parameters": {"truncate": True}},  # YaRN's range in whole dimensions
+    "starcoder2": {"hidden_act": "gelu"},
+}
 OURS = ("model_file", "quantization", "quantization_config", "auto_map", "base_model_type", "architectures")
 
 
@@ -161,20 +172,29 @@ def config_type(config: Mapping[str, Any]) -> str:
     return str(config.get("base_model_type") or config.get("model_type") or "llama")
 
 
-def transformers_config(config: Mapping[str, Any]) -> Any:
+def transformers_config(config: Mapping[str, Any], names: Iterable[str]) -> Any:
     """Return transformers' configuration of a Duo's base.
+
+    Args:
+        config: a Duo's config.json.
+        names: the base's weights. They say whether the head is tied where config.json does not: there mlx-lm and
+            transformers assume different things.
 
     Raises:
         DuoError: transformers has no such type, or it refuses a value.
     """
     kind = config_type(config)
     keys = {key: value for key, value in config.items() if key not in (*OURS, "model_type", "dtype", "torch_dtype")}
+    keys.setdefault("tie_word_embeddings", not any(name.endswith(HEADS) for name in names))
     try:
-        made = AutoConfig.for_model(kind, **keys)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        with quiet():
+            made = AutoConfig.for_model(kind, **keys)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise DuoError(f"transformers cannot read a configuration of {kind}: {_line(error)}") from error
     if type(made) not in AutoModelForCausalLM._model_mapping:
         raise DuoError(f"transformers has no causal language model of type {kind}")
+    for key, value in AS_MLX_LM.get(kind, {}).items():
+        setattr(made, key, {**getattr(made, key), **value} if isinstance(value, dict) else value)
     return made
 
 
@@ -184,12 +204,12 @@ def dense_model(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any
     Raises:
         DuoError: transformers has no such type, or weights are missing, superfluous or of another shape.
     """
-    made = transformers_config(config)
+    made = transformers_config(config, weights)
     kind, own = config_type(config), AutoModelForCausalLM._model_mapping[type(made)]
     state = {name: value.float() for name, value in weights.items()}
     options = {"attn_implementation": "eager", "dtype": torch.float32, "output_loading_info": True}
     try:
-        with _quiet():
+        with quiet():
             model, info = own.from_pretrained(None, config=made, state_dict=state, **options)
     except (RuntimeError, ValueError, TypeError) as error:
         raise DuoError(f"{kind}: transformers cannot load the weights: {_line(error)}") from error
@@ -219,7 +239,7 @@ def _line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' progress bar and report of names away; `_same_names` reports."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
