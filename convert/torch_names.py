@@ -98,7 +98,7 @@ def _base(config: Mapping[str, Any]) -> Any:
 
 
 def _undone(kind: str, dense: Tensors, shapes: Shapes, base: Callable[[], Any]) -> dict[str, Tensor]:
-    numbers = {number: name for number, name in enumerate(shapes)}
+    numbers = dict(enumerate(shapes))
     for write in (_as_written, _without_prefix, _outputs_first):
         given = {name: mx.broadcast_to(mx.array(number, mx.int32), shapes[name]) for number, name in numbers.items()}
         owners = _sanitized(base, write(given))

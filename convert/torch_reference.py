@@ -23,8 +23,8 @@ from duo_mlx.errors import DuoError
 PART = re.compile(r"(?:.*?\.)?(\d+)\.\w+\.(small\.(?:gate|up|down)_proj\.(?:weight|bias)|router\.(?:weight|bias))")
 HEADS = ("lm_head.weight", "embed_out.weight")
 Value = TypeVar("Value")
-# Where mlx-lm computes a type in another form than its checkpoints state, the reference follows mlx-lm: a Duo is mlx-lm's
-# model, and these differences of up to 1e-2 in logits would hide a wrong weight.
+# Where mlx-lm computes a type in another form than its checkpoints state, the reference follows mlx-lm, whose model a
+# Duo is. These differences of 1e-4 to 1e-2 in logits would hide a wrong weight.
 AS_MLX_LM: dict[str, dict[str, Any]] = {
     "gemma": {"hidden_act": "gelu"},  # not the tanh form
     "gpt_bigcode": {"activation_function": "gelu"},

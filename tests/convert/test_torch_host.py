@@ -1,67 +1,22 @@
-"""transformers' models as Duos: big is the model itself, routes act per token, names lead there and back."""
+"""transformers' models as Duos: big is the model itself, and routes act per token."""
 
+import math
 import re
 import threading
-from functools import cache
 
-import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mlx_lm import utils as mlx_lm_utils
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
 
-from duo_mlx.convert import torch_names
 from duo_mlx.convert.reference import DuoConfig, DuoModel
-from duo_mlx.convert.tensors import Tensor, to_mlx, to_torch
 from duo_mlx.convert.torch_host import ACTIVATIONS, TorchDuoFFN, decoder_layers, host, routed
-from duo_mlx.convert.torch_names import plain, to_transformers
-from duo_mlx.convert.torch_reference import AS_MLX_LM, TorchDuo, dense_model, quiet, reference_logits
+from duo_mlx.convert.torch_reference import TorchDuo, dense_model, reference_logits
 from duo_mlx.errors import DuoError
-from tests.convert.torch_kinds import BOTH, OPT, POST_NORM
+from tests.convert.torch_kinds import CONFIGS, TOKENS, dense, logits, small_weights
 
-TOKENS = torch.arange(3, 35).reshape(2, 16)
-CONFIGS = {**{kind: {"model_type": kind, **keys} for kind, keys in BOTH.items()}, "opt": {"model_type": "opt", **OPT}}
-CONFIGS["post-norm opt"] = {"model_type": "opt", **POST_NORM}
 ROUTES = np.random.default_rng(0).integers(0, 3, (2, 16, 3))
-
-
-@cache
-def dense(kind):
-    """The names and values of a checkpoint of random weights: those that transformers writes."""
-    config = dict(CONFIGS[kind])
-    torch.manual_seed(0)
-    with quiet():
-        made = AutoConfig.for_model(config.pop("model_type"), **config)
-        model = AutoModelForCausalLM.from_config(made, attn_implementation="eager", dtype=torch.float32).eval()
-    with torch.no_grad():
-        for value in model.parameters():
-            drawn = torch.randn_like(value)
-            value.copy_(value + drawn / 5 if value.ndim == 1 else drawn / value.shape[-1] ** 0.5)
-    tied = set(model.all_tied_weights_keys or ())
-    state = {name: value.clone() for name, value in model.state_dict().items() if name not in tied}
-    return revert_weight_conversion(model, state)
-
-
-def logits(model, tokens=TOKENS):
-    with torch.no_grad():
-        return model(input_ids=tokens, use_cache=False).logits
-
-
-def small_weights(layers=(0, 1, 2), width=24, bias=False, router=0, inputs=64):
-    random = torch.Generator().manual_seed(1)
-    shapes = {"small.gate_proj": (width, 64), "small.up_proj": (width, 64), "small.down_proj": (64, width)}
-    shapes |= {"router": (router, inputs)} if router else {}
-    weights = {}
-    for layer in layers:
-        for name, shape in shapes.items():
-            path = f"model.layers.{layer}.mlp.{name}"
-            weights[f"{path}.weight"] = torch.randn(shape, generator=random) / shape[1] ** 0.5
-            if bias:
-                weights[f"{path}.bias"] = torch.randn(shape[0], generator=random)
-    return weights
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -79,7 +34,7 @@ def test_all_big_is_transformers_own_model(kind):
 def test_a_small_ffn_is_gated_by_its_activation(activation):
     form = {
         "silu": lambda x: x / (1 + np.exp(-x)),
-        "gelu": lambda x: x * (1 + np.vectorize(__import__("math").erf)(x / 2**0.5)) / 2,
+        "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / 2,
         "gelu_tanh": lambda x: x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
         "relu": lambda x: np.maximum(x, 0),
         "relu2": lambda x: np.maximum(x, 0) ** 2,
@@ -107,7 +62,7 @@ def by_hand(kind, parts, routes):
         if hasattr(block, "mlp"):
             block.mlp.register_forward_hook(choose)
         else:
-            block.fc1.register_forward_hook(lambda _, given, out, seen=seen: seen.append(given[0]))
+            block.fc1.register_forward_hook(lambda _, given, __, seen=seen: seen.append(given[0]))
             block.fc2.register_forward_hook(choose)
     return logits(model)
 
@@ -151,104 +106,6 @@ def test_a_llama_is_the_readable_reference(changes, own):
     assert "router_choices" not in changes or len(ours.unique()) > 1
 
 
-def canonical(kind):
-    """mlx-lm's model of a checkpoint and its weights by mlx-lm's names."""
-    model, arguments = mlx_lm_utils._get_classes(CONFIGS[kind])
-    made = model(arguments.from_dict(CONFIGS[kind]))
-    given = {name: to_mlx(value) for name, value in dense(kind).items()}
-    if kind == "gpt2":  # checkpoints are written without a head
-        given = {name.removeprefix("transformer."): value for name, value in given.items()}
-    if kind == "gpt_oss":  # as published: outputs first
-        split = re.compile(r"(gate_up|down)_proj$")
-        given = {
-            f"{name}.weight" if split.search(name) else name: value.swapaxes(1, 2) if split.search(name) else value
-            for name, value in given.items()
-        }
-    weights = made.sanitize(given) if hasattr(made, "sanitize") else given
-    made.load_weights(list(weights.items()))
-    return made, weights
-
-
-def hosted(weights):
-    """A Duo's names of a base's weights."""
-    return {re.sub(r"(\.\d+\.(?:mlp|block_sparse_moe))\.", r"\1.big.", name): value for name, value in weights.items()}
-
-
-@pytest.mark.parametrize("kind", BOTH)
-def test_mlx_lm_computes_what_the_reference_does(kind):
-    theirs = logits(dense_model(CONFIGS[kind], dense(kind))).numpy()
-    assert np.abs(np.array(canonical(kind)[0](mx.array(TOKENS.numpy()))) - theirs).max() < 1e-4
-
-
-@pytest.mark.parametrize("kind", AS_MLX_LM)
-def test_what_follows_mlx_lm_would_not_be_the_same_otherwise(kind, monkeypatch):
-    ours = np.array(canonical(kind)[0](mx.array(TOKENS.numpy())))
-    monkeypatch.delitem(AS_MLX_LM, kind)
-    theirs = logits(dense_model(CONFIGS[kind], dense(kind))).numpy()
-    assert 1e-4 < np.abs(ours - theirs).max() < 0.1
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", BOTH)
-def test_canonical_names_and_layouts_are_undone(kind, dtype):
-    weights = {name: Tensor.of(value).astype(dtype) for name, value in hosted(canonical(kind)[1]).items()}
-    parts = {name: Tensor.of(to_mlx(value)) for name, value in small_weights().items()}
-    assert sum(".big." in name for name in weights) >= 3
-    found = to_transformers(CONFIGS[kind], weights | parts)
-    expected = {**dense(kind), **small_weights()}
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        loaded = to_torch(tensor.load())
-        assert tensor.shape == loaded.shape and tensor.dtype == str(loaded.dtype).removeprefix("torch."), name
-        assert torch.equal(loaded, expected[name].to(loaded.dtype)), name
-
-
-class Renaming:
-    """A base that mlx-lm lacks."""
-
-    def sanitize(self, weights):
-        return {re.sub(r"\.(fc[12])\.", r".mlp.\1.", name): value for name, value in weights.items()}
-
-
-def test_a_base_of_ones_own_is_undone_too():
-    weights = Renaming().sanitize({name: Tensor.of(to_mlx(value)) for name, value in dense("opt").items()})
-    assert any(".mlp.big.fc1." in name for name in hosted(weights))
-    assert to_transformers(CONFIGS["opt"], hosted(weights), Renaming).keys() == dense("opt").keys()
-
-
-def test_a_change_of_values_is_refused():
-    class Adding(Renaming):
-        def sanitize(self, weights):
-            return {name: value + 1 if "norm" in name else value for name, value in weights.items()}
-
-    weights = {name: Tensor.of(to_mlx(value)) for name, value in dense("llama").items()}
-    with pytest.raises(DuoError, match="cannot be undone"):
-        to_transformers(CONFIGS["llama"], weights, Adding)
-    with pytest.raises(DuoError, match="weights of a llama cannot be undone"):
-        to_transformers(CONFIGS["llama"], {**weights, "more.weight": weights["model.norm.weight"]})
-
-
-def test_experts_routers_and_a_duos_cannot_be_told_apart_in_one_file():
-    weights = {name: Tensor.of(value) for name, value in hosted(canonical("gpt_oss")[1]).items()}
-    parts = {name: Tensor.of(to_mlx(value)) for name, value in small_weights(router=2).items()}
-    assert "model.layers.0.mlp.big.router.weight" in weights
-    with pytest.raises(DuoError, match="model.layers.0.mlp.router.weight is a weight of the Duo and"):
-        to_transformers(CONFIGS["gpt_oss"] | {"router_choices": "sB"}, weights | parts)
-
-
-def test_only_the_name_of_a_big_ffn_is_made_plain():
-    assert plain("model.layers.0.mlp.big.router.weight") == "model.layers.0.mlp.router.weight"
-    assert plain("model.big.weight") == "model.big.weight"
-
-
-def test_whether_the_head_is_tied_is_said_by_the_weights_where_the_config_does_not():
-    config = {key: value for key, value in CONFIGS["llama"].items() if key != "tie_word_embeddings"}
-    tied = {name: value for name, value in dense("llama").items() if name != "lm_head.weight"}
-    assert dense_model(config, tied).config.tie_word_embeddings
-    assert not dense_model(config, dense("llama")).config.tie_word_embeddings
-    assert "lm_head.weight" not in torch_names.checkpoint_shapes(config, tied)
-
-
 def without(name):
     return {key: value for key, value in dense("llama").items() if key != name}
 
@@ -272,7 +129,9 @@ def without(name):
 )
 def test_what_cannot_be_a_reference_is_refused_in_one_line(config, weights, parts, message):
     with pytest.raises(DuoError, match=message) as caught:
-        TorchDuo(CONFIGS["llama"] | config, weights, parts)
+        TorchDuo(
+            {key: value for key, value in (CONFIGS["llama"] | config).items() if value is not None}, weights, parts
+        )
     assert "\n" not in str(caught.value)
 
 
