@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -217,12 +218,9 @@ def host(
     ffns = []
     for layer, (block, width) in enumerate(zip(blocks, widths, strict=True)):
         small = GatedFFN(hidden, width, activation, small_bias) if width else None
-        router = None
-        if choices and not router_looks_ahead:
-            router = nn.Linear(hidden, len(choices), bias=router_bias)
-        elif choices:
-            router = nn.Linear(2 * hidden, len(choices), bias=router_bias)
-        ffns.append(_replace(block, lambda big, s=small, r=router, n=layer: TorchDuoFFN(big, s, r, choices, n)))
+        seen = 2 * hidden if router_looks_ahead else hidden
+        router = nn.Linear(seen, len(choices), bias=router_bias) if choices else None
+        ffns.append(_replace(block, partial(TorchDuoFFN, small=small, router=router, choices=choices, layer=layer)))
     if skip_scope == "layer":
         for block, ffn in zip(blocks, ffns, strict=True):
             skip_layers(block, ffn)

@@ -158,14 +158,12 @@ def _pieces(name: str, owners: mx.array, places: mx.array) -> Iterator[tuple[int
     Raises:
         DuoError: the elements of a piece are not evenly spaced there, or are no addresses any more.
     """
-    first = owners.flatten()[:1].item()
-    rows: list[int | None] = [None] if mx.all(owners == first).item() else list(range(owners.shape[0]))
+    rows: list[int | None] = [None] if mx.all(owners == _first(owners)).item() else list(range(owners.shape[0]))
     for row in rows:
         owner, place = (owners, places) if row is None else (owners[row], places[row])
-        number, offset = (int(each.flatten()[0].item()) for each in (owner, place))
+        number, offset = (_first(each) for each in (owner, place))
         strides = tuple(
-            int(mx.take(place, 1, axis).flatten()[0].item()) - offset if size > 1 else 0
-            for axis, size in enumerate(place.shape)
+            _first(mx.take(place, 1, axis)) - offset if size > 1 else 0 for axis, size in enumerate(place.shape)
         )
         spaced = mx.array(offset, mx.int32)
         for axis, (size, stride) in enumerate(zip(place.shape, strides, strict=True)):
@@ -176,18 +174,22 @@ def _pieces(name: str, owners: mx.array, places: mx.array) -> Iterator[tuple[int
         yield number, Piece(name, row, place.shape, offset, strides)
 
 
+def _first(array: mx.array) -> int:
+    number: Any = array.flatten()[0].item()
+    return int(number)
+
+
 def _assembled(pieces: list[Piece], shape: tuple[int, ...], dense: Tensors, read: Callable[[str], mx.array]) -> Tensor:
     first = dense[pieces[0].canonical]
     if len(pieces) == 1 and pieces[0].row is None and (pieces[0].shape, pieces[0].strides) == (shape, _in_order(shape)):
         return first
 
     def load() -> mx.array:
-        out: NDArray[Any] | None = None
+        out: NDArray[Any] = np.empty(shape, "uint16" if first.dtype == "bfloat16" else first.dtype)
         for piece in pieces:
             array = read(piece.canonical)
             array = array if piece.row is None else array[piece.row]
             bits = np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
-            out = np.empty(shape, bits.dtype) if out is None else out
             strides = [stride * bits.itemsize for stride in piece.strides]
             np.lib.stride_tricks.as_strided(out.reshape(-1)[piece.offset :], piece.shape, strides)[...] = bits
         made = mx.array(out)

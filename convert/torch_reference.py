@@ -6,6 +6,7 @@ A `TorchDuo` has the interface of `duo_mlx.convert.reference.DuoModel`: `routed`
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from logging import CRITICAL
 from typing import Any, TypeVar
 
 import numpy as np
@@ -205,7 +206,8 @@ def dense_model(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any
         DuoError: transformers has no such type, or weights are missing, superfluous or of another shape.
     """
     made = transformers_config(config, weights)
-    kind, own = config_type(config), AutoModelForCausalLM._model_mapping[type(made)]
+    kind = config_type(config)
+    own: Any = AutoModelForCausalLM._model_mapping[type(made)]
     state = {name: value.float() for name, value in weights.items()}
     options = {"attn_implementation": "eager", "dtype": torch.float32, "output_loading_info": True}
     try:
@@ -242,7 +244,7 @@ def _line(error: Exception) -> str:
 def quiet() -> Iterator[None]:
     """Keep transformers' progress bar and report of names away; `_same_names` reports."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     try:
         yield
