@@ -99,10 +99,12 @@ def _base(config: Mapping[str, Any]) -> Any:
 
 def _undone(kind: str, dense: Tensors, shapes: Shapes, base: Callable[[], Any]) -> dict[str, Tensor]:
     numbers = dict(enumerate(shapes))
+    strangers: list[str] = []
     for write in (_as_written, _without_prefix, _outputs_first):
         given = {name: mx.broadcast_to(mx.array(number, mx.int32), shapes[name]) for number, name in numbers.items()}
         owners = _sanitized(base, write(given))
         if {name: array.shape for name, array in owners.items()} != {name: each.shape for name, each in dense.items()}:
+            strangers = strangers or sorted(owners.keys() ^ dense.keys())
             continue
         untouched = {id(array): name for name, array in given.items()}
         places = _sanitized(
@@ -118,7 +120,8 @@ def _undone(kind: str, dense: Tensors, shapes: Shapes, base: Callable[[], Any]) 
         if all(sum(prod(piece.shape) for piece in pieces[name]) == prod(shape) for name, shape in shapes.items()):
             read = lru_cache(maxsize=1)(lambda name: dense[name].load())
             return {name: _assembled(pieces[name], shape, dense, read) for name, shape in shapes.items()}
-    raise DuoError(f"what mlx-lm does to the weights of a {kind} cannot be undone for transformers")
+    more = f": {strangers[0]} is missing or unknown" if strangers else ""
+    raise DuoError(f"what mlx-lm does to the weights of a {kind} cannot be undone for transformers{more}")
 
 
 def _sanitized(base: Callable[[], Any], weights: Addresses) -> Addresses:

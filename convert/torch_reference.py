@@ -185,6 +185,8 @@ def transformers_config(config: Mapping[str, Any], names: Iterable[str]) -> Any:
         DuoError: transformers has no such type, or it refuses a value.
     """
     kind = config_type(config)
+    if config.get("rope_traditional"):
+        raise DuoError(f"transformers' {kind} has no rope_traditional")
     keys = {key: value for key, value in config.items() if key not in (*OURS, "model_type", "dtype", "torch_dtype")}
     keys.setdefault("tie_word_embeddings", not any(name.endswith(HEADS) for name in names))
     try:

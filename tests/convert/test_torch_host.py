@@ -119,6 +119,7 @@ def without(name):
         ({"model_type": "no such"}, {}, {}, "transformers cannot read a configuration of no such"),
         ({"model_type": "vit", "rope_scaling": None}, {}, {}, "no causal language model of type vit"),
         ({"hidden_size": "wide"}, {}, {}, "transformers cannot read a configuration of llama"),
+        ({"rope_traditional": True}, {}, {}, "transformers' llama has no rope_traditional"),
         ({"small_activation": "sin"}, dense("llama"), {}, "small_activation is 'sin'"),
         ({}, dense("llama"), small_weights((3,)), "weights for layer 3, the last layer is 2"),
         ({}, dense("llama"), small_weights(router=2), "layer 0: the reference has unknown weights: router.weight"),
