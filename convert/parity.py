@@ -20,12 +20,13 @@ from mlx_lm.models import llama
 from numpy.typing import NDArray
 
 from duo_mlx import checkpoint
+from duo_mlx.config import Config
 from duo_mlx.convert import stored
 from duo_mlx.convert.keymaps import named
 from duo_mlx.convert.readers import open_checkpoint
 from duo_mlx.convert.tensors import Tensors, to_torch
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.model import Model
 from duo_mlx.policies import RandomPolicy
 from duo_mlx.routed import ask
 from duo_mlx.routes import Route, Routes, parse_pattern
@@ -84,15 +85,15 @@ def measure(
     """
     reference = _reference(config, weights)
     model = _model(directory, rounded)
-    layers = model.args.num_hidden_layers
-    inputs = _inputs(model.args, batch, tokens, seed)
+    layers = model.config.num_hidden_layers
+    inputs = _inputs(model.config, batch, tokens, seed)
     fixed = {word: parse_pattern(word, layers) for word in ("big", "small", "skip")}
     drawn = {"random": RandomPolicy(layers, 0.4, 0.3, 0.3, seed).routes(0, inputs.shape[1], batch)}
     found = []
     for name, routes in (fixed | drawn).items():
         expected, _ = _run(reference, inputs, routes)
         found.append(compare(name, expected, np.array(model(mx.array(inputs), routes=routes))))
-    return [*found, _by_router(reference, model, inputs)] if model.args.router_choices else found
+    return [*found, _by_router(reference, model, inputs)] if model.config.router_choices else found
 
 
 def _by_router(reference: "DuoModel", model: Model, inputs: NDArray[np.int64]) -> Parity:
@@ -165,9 +166,9 @@ def measure_dense(
     except (ValueError, TypeError, KeyError) as error:
         raise DuoError(f"--verify: the dense model cannot be made: {' '.join(str(error).split())}") from error
     model = _model(directory)
-    inputs = _inputs(model.args, batch, tokens, seed)
+    inputs = _inputs(model.config, batch, tokens, seed)
     theirs = np.array(dense(mx.array(inputs)))
-    ours = np.array(model(mx.array(inputs), routes=parse_pattern("big", model.args.num_hidden_layers)))
+    ours = np.array(model(mx.array(inputs), routes=parse_pattern("big", model.config.num_hidden_layers)))
     return [compare("big", theirs, ours)]
 
 
@@ -210,7 +211,7 @@ def _model(directory: Path, rounded: bool = False) -> Model:
     return model
 
 
-def _inputs(args: ModelArgs, batch: int, tokens: int, seed: int) -> NDArray[np.int64]:
+def _inputs(args: Config, batch: int, tokens: int, seed: int) -> NDArray[np.int64]:
     tokens = min(tokens, args.max_position_embeddings or tokens)
     return np.random.default_rng(seed).integers(0, args.vocab_size, (batch, tokens))
 
@@ -225,7 +226,7 @@ def check_reference(config: dict[str, Any]) -> "DuoConfig":
         from duo_mlx.convert.reference import DuoConfig
     except ImportError:
         raise DuoError("--verify needs PyTorch: pip install 'duo-mlx[torch]'") from None
-    if "sliding_attention" in ModelArgs.from_dict(config).layer_types:
+    if "sliding_attention" in Config.from_dict(config).layer_types:
         raise DuoError("--verify: the PyTorch reference knows no sliding_attention; convert without it")
     try:
         return DuoConfig.from_dict(config)

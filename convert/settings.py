@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from duo_mlx.arguments import ModelArgs
+from duo_mlx.config import Config
 from duo_mlx.convert.readers.text import shown
 from duo_mlx.convert.tensors import DTYPES, Tensor, Tensors
 from duo_mlx.errors import DuoError

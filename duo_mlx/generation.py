@@ -116,7 +116,7 @@ def _check_ids(model: Model, tokens: list[int]) -> None:
     Raises:
         DuoError: a token id is beyond the model's vocabulary.
     """
-    size = model.args.vocab_size
+    size = model.config.vocab_size
     if beyond := [token for token in tokens if not 0 <= token < size]:
         raise DuoError(f"the prompt has the token id {beyond[0]}, but the model has embeddings for 0 to {size - 1}")
 
@@ -185,7 +185,7 @@ def stream_generate(
         raise DuoError("draft_tokens without speculate; say which route drafts")
     tokens = encode(tokenizer, prompt)
     _check_ids(model, tokens)
-    if (vocabulary := vocabulary_of(tokenizer)) < model.args.vocab_size:  # rows that pad the embedding are no tokens
+    if (vocabulary := vocabulary_of(tokenizer)) < model.config.vocab_size:  # rows that pad the embedding are no tokens
         sampler = kwargs.get("sampler")
         kwargs["sampler"] = within(sampler if draft is None else known(sampler), vocabulary)
     cached = _cached(kwargs.get("prompt_cache"))
