@@ -31,7 +31,7 @@ from duo_mlx.errors import DuoError
 from duo_mlx.ffns import FFN, FFNs
 from duo_mlx.kernels import fused, launch
 from duo_mlx.router import Router
-from duo_mlx.routes import Route, Routes, check_routes
+from duo_mlx.routes import FEW, Route, Routes, check_routes
 
 # What one layer's tokens do: one route for all of them, or [batch, tokens] on the host or on the device; [batch] for a
 # single token of each sequence, whose hidden states are [batch, hidden].
@@ -136,7 +136,7 @@ def resolve(strategy: str, ffns: FFNs, x: mx.array, known_by: str) -> str:
     if strategy == "auto":
         return auto.choose(ffns, rows, x.dtype, known_by)
     if strategy in ("masked", "fused"):
-        if rows > auto.FEW:
+        if rows > FEW:
             return "sorted"
         auto.require(strategy, ffns, rows, x.dtype)
     return strategy
@@ -214,7 +214,7 @@ def _masked(ffns: FFNs, x: mx.array, route: Routes | mx.array, residual: mx.arra
 
 
 def _fused(ffns: FFNs, x: mx.array, route: Routes | mx.array, residual: mx.array) -> mx.array:
-    return fused.ffn(ffns, x, _on_device(route), residual)
+    return residual + fused.ffn(ffns, x, _on_device(route))
 
 
 def _module(ffns: FFNs, route: Route) -> FFN:

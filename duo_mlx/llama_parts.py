@@ -14,8 +14,8 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from duo_mlx.arguments import ModelArgs
-from duo_mlx.auto import FEW
 from duo_mlx.products import few, join, on_cpu, onto, through
+from duo_mlx.routes import FEW
 
 
 def decodes(x: mx.array) -> bool:

@@ -80,7 +80,8 @@ class LinearRouter(Router):
     ) -> tuple[mx.array, mx.array]:
         rows = h.size // h.shape[-1]
         if in_one_kernel and auto.router_refusal(h.shape[-1], len(self.choices), rows, h.dtype) is None:
-            return fused.decide(h, norm, self.weights[layer], self.offsets[layer], self.choices)
+            x = norm(h)
+            return x, fused.decide(x, self.weights[layer], self.offsets[layer], self.choices)
         return super().decide(layer, h, norm)
 
 
