@@ -1,7 +1,7 @@
 """Variants of the kernels: FFNs to run them on, made ones or a model's, and what each does there.
 
-A variant is a strategy, a form of FFN, a storage format, a dtype and a number of tokens. One that the kernels refuse is not launched;
-any other is compared with the modules by `duo_mlx.kernels.selfcheck` and timed against `planned`.
+A variant is a strategy, a form of FFN, a storage format, a dtype and a number of tokens. One that the kernels refuse
+is not launched; any other is compared with the modules by `duo_mlx.kernels.selfcheck` and timed against `planned`.
 """
 
 import statistics
@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models import gemma2, nemotron
 
-from duo_mlx import conditional, masked
+from duo_mlx import masked
 from duo_mlx.bench.interleave import interleave
 from duo_mlx.ffns import FFNs, nbytes
 from duo_mlx.forms import Form, form
@@ -93,18 +93,15 @@ class Case:
     timed: bool
 
     @property
-    def hidden(self) -> int | None:
-        """Values in and out of big, if its form is known."""
-        big = form(self.layers[0].big)
-        return big.down.weight.shape[0] if big else None
+    def hidden(self) -> int:
+        """Values in and out, 0 if the form of both modules is unknown."""
+        return next((found.down.weight.shape[0] for _, found in self._forms() if found), 0)
 
     @property
     def shape(self) -> str:
         """Values in and out and inner widths, such as ``576/1536/96``; the class of a module of unknown form."""
         forms = self._forms()
-        widths = [
-            found.up.weight.shape[0] if found else type(module).__name__ for module, found in forms
-        ]
+        widths = [found.up.weight.shape[0] if found else type(module).__name__ for module, found in forms]
         return "/".join(map(str, (*([self.hidden] if self.hidden else []), *widths)))
 
     @property
@@ -172,9 +169,9 @@ def make(shape: Shape, bits: int, dtype: mx.Dtype, seed: int = 0) -> DuoFFN | Bi
     )
     ffns = (DuoFFN if shape.small else BigOnlyFFN)(args)
     if make_ffn := OF.get(shape.of):
-        ffns.big = make_ffn(shape.hidden, shape.big)
+        ffns["big"] = make_ffn(shape.hidden, shape.big)
         if shape.small:
-            ffns.small = make_ffn(shape.hidden, shape.small)
+            ffns["small"] = make_ffn(shape.hidden, shape.small)
     keys = iter(mx.random.split(mx.random.key(seed), 20))
 
     def draw(value: mx.array) -> mx.array:
@@ -226,8 +223,7 @@ def check_ffns(case: Case, rows: int, plan: Plan, kept: dict[str, Verdict], cloc
 
 def _times(case: Case, rows: int, strategies: Sequence[str], rounds: int, clock: Clock) -> dict[str, dict[str, float]]:
     """By strategy and route, the time of a case's layers one after another over `planned`'s with big."""
-    hidden = case.hidden  # known: a strategy has passed
-    x = mx.random.normal((1, rows, hidden), key=mx.random.key(0)).astype(case.dtype)
+    x = mx.random.normal((1, rows, case.hidden), key=mx.random.key(0)).astype(case.dtype)
 
     def chain(step: Callable[[FFNs, mx.array], mx.array]) -> Callable[[], None]:
         def run() -> None:
@@ -242,7 +238,7 @@ def _times(case: Case, rows: int, strategies: Sequence[str], rounds: int, clock:
         routes, run = mx.full((1, rows), int(route), mx.uint32), selfcheck.STRATEGIES[strategy]
         return chain(lambda ffns, h: h + run(ffns, h, routes))
 
-    calls = {"planned": chain(lambda ffns, h: conditional.run(ffns, h, Route.BIG, "planned", h))}
+    calls = {"planned": chain(lambda ffns, h: h + ffns.big(h))}
     calls |= {f"{strategy} {route.name}": routed(strategy, route) for strategy in strategies for route in Route}
     timings = interleave(calls, rounds, clock=clock)
 

@@ -66,7 +66,7 @@ def form(module: nn.Module) -> Form | None:
     if kind is None:
         return None
     *gate, up, down = (module[name] for name in kind.names)
-    return Gated(*gate, up, down, kind.activation) if gate else TwoMatrices(up, down, kind.activation)
+    return Gated(gate[0], up, down, kind.activation) if gate else TwoMatrices(up, down, kind.activation)
 
 
 def unknown(module: nn.Module) -> str:
@@ -120,8 +120,7 @@ def _token(value: object) -> Hashable:
 def _part(value: object) -> Hashable:
     if isinstance(value, nn.Module) and type(value) not in LINEAR:
         return _key(value)
-    kind: Hashable = type(value)
-    return kind
+    return type(value).__qualname__
 
 
 class _Map(nn.Linear):

@@ -1,7 +1,7 @@
 """The fused kernels as a layer calls them: which FFNs they take, and the launches for one layer.
 
-A layer is three dispatches: `decide` (router and argmax) and two for `ffn` (gate, up and activation; then down). Rows that
-skip read no weights. Rows of a batch that share a module read its weights once.
+A layer is three dispatches: `decide` (router and argmax) and two for `ffn` (gate, up and activation; then down). Rows
+that skip read no weights. Rows of a batch that share a module read its weights once.
 """
 
 from functools import cache
@@ -161,7 +161,11 @@ def up(big: Module, small: Module, x: mx.array, route: mx.array) -> Launch:
     """The launch of up.metal on ``x [rows, hidden]``; its grid is for big: only the device knows the routes."""
     rows = len(x)
     names = ("BIG_ACTIVATION", "BIG_GATED", "SMALL_ACTIVATION", "SMALL_GATED")
-    forms = (part for module in (big, small) for part in (_activation(module.form.activation), isinstance(module.form, Gated)))
+    forms = (
+        part
+        for module in (big, small)
+        for part in (_activation(module.form.activation), isinstance(module.form, Gated))
+    )
     return Launch(
         kernel="up",
         inputs=(

@@ -168,7 +168,10 @@ def test_a_signature_tells_variants_apart_and_stays_the_same(ffns_of):
     assert len(found) == 3 * 3 * 2 * 4
     assert all(len(buckets) == 1 for buckets in found.values())
     ffns = ffns_of(64, (64, "q4g32", "q4g64"), (32, "float+bias", "float"), mx.bfloat16)
-    assert fused.signature(ffns, 3, mx.bfloat16) == "bfloat16 rows4 big gated silu q4g32/q4g64 small gated silu float+bias/float"
+    assert (
+        fused.signature(ffns, 3, mx.bfloat16)
+        == "bfloat16 rows4 big gated silu q4g32/q4g64 small gated silu float+bias/float"
+    )
     assert "small is big" in fused.signature(ffns_of(64, FLOAT, None, mx.float32), 1, mx.float32)
 
 

@@ -284,7 +284,10 @@ def test_a_routers_verdict_is_kept_too(decide):
     assert selfcheck.router_verdict(16, 3, 1, mx.float32).passed
 
 
-@pytest.mark.parametrize(("form", "dtype", "rows"), [(FLOAT, mx.float32, 1), (QUANTISED, mx.bfloat16, 3), (GELU, mx.float32, 2), (PLAIN, mx.float16, 1)])
+@pytest.mark.parametrize(
+    ("form", "dtype", "rows"),
+    [(FLOAT, mx.float32, 1), (QUANTISED, mx.bfloat16, 3), (GELU, mx.float32, 2), (PLAIN, mx.float16, 1)],
+)
 def test_the_kernels_that_ship_pass_in_the_emulator(emulated, ffns_of, form, dtype, rows):
     assert selfcheck.check("fused", ffns_of(*form, dtype), rows, dtype, repeats=1) == Verdict(True)
     assert {run.launch.kernel for run in emulated.runs} == {"up", "down"}

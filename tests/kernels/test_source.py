@@ -28,8 +28,11 @@ LAYERS = {
     "no-small-float16-2": (2, (3, "float", "float"), None, mx.float16, 2),
     **{
         f"{activation}-bfloat16-2": (
-            64, (96, "q4g32", "q4g32", f"plain {activation}"), (32, "float", "float", f"gated {activation}"),
-            mx.bfloat16, 2,
+            64,
+            (96, "q4g32", "q4g32", f"plain {activation}"),
+            (32, "float", "float", f"gated {activation}"),
+            mx.bfloat16,
+            2,
         )
         for activation in forms.ACTIVATIONS
     },
@@ -54,7 +57,9 @@ def sources(ffns_of):
     return made
 
 
-@pytest.mark.parametrize("name", ["route-bfloat16", "up-q4g64-bfloat16-1", "up-relu2-bfloat16-2", "down-mixed-float16-8"])
+@pytest.mark.parametrize(
+    "name", ["route-bfloat16", "up-q4g64-bfloat16-1", "up-relu2-bfloat16-2", "down-mixed-float16-8"]
+)
 def test_the_source_is_what_was_reviewed(sources, name):
     file = SNAPSHOTS / f"{name}.metal"
     if os.environ.get("DUO_MLX_SNAPSHOTS") == "write":
