@@ -27,7 +27,7 @@ HIDDEN = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_transformer_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_query_heads")
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "gelu_fast", "relu", "relu2")  # those of `duo_mlx.forms`
 
 
 @dataclass(frozen=True)
