@@ -200,7 +200,7 @@ def _sorted(ffns: FFNs, x: mx.array, route: Routes | mx.array) -> mx.array:
     for count, start, module in ((smalls, skips, ffns.small), (bigs, skips + smalls, ffns.big)):
         if count:  # a quantised product over no rows kills the process
             # as one sequence: experts take no rows alone
-            parts.append(module(rows[order[start : start + count]][None])[0])
+            parts.append(module(rows[order[start : start + count]][None]).squeeze(0))
     grouped = mx.concatenate(parts) if len(parts) > 1 else parts[0]
     return grouped[back].reshape(x.shape)
 
