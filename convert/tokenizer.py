@@ -9,6 +9,7 @@ looks at grapheme clusters: a letter with an accent written as a character of it
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,10 @@ def _bpe(proto: Any, added: bool) -> models.BPE:
                 f"has {name} symbols ({', '.join(found[:3])}), which a tokenizer.json reads differently; "
                 "put a tokenizer.json of your own beside it"
             )
-    long = sorted((piece for piece in normal if len(piece) > 1), key=lambda piece: -normal[piece])
-    if len({normal[piece] for piece in long}) < len(long):
+    # of runs of equal score the longest first: sentencepiece merges the leftmost pair, so a run grows from its left end
+    long = sorted((piece for piece in normal if len(piece) > 1), key=lambda piece: (-normal[piece], -len(piece)))
+    equal = [piece for pair in pairwise(long) if normal[pair[0]] == normal[pair[1]] for piece in pair]
+    if any(len(set(piece)) > 1 for piece in equal):
         raise DuoError("has pieces of equal score, so the order of its merges is not known")
     if unreachable := [piece for piece in long if any(character not in normal for character in piece)]:
         raise DuoError(f"has the piece {unreachable[0]!r}, but not each of its characters")

@@ -28,9 +28,8 @@ def open_local(source: Path, config: Path | None, weights: Path | None = None, b
         raise DuoError(f"{source}: there is no such file or directory")
     file = weights or (weights_file(source) if source.is_dir() else source)
     if file.suffix == GGUF:
-        given = None if config is None else read_config(file, config)
-        tensors, made = gguf.read(file, configured=given is not None)
-        return _checked(Checkpoint(source, "GGUF", (file,), tensors, made if given is None else given))
+        found = gguf.read(file, None if config is None else read_config(file, config))
+        return _checked(Checkpoint(source, "GGUF", found.files, found.tensors, found.config))
     settings = read_config(source, config, bare)
     reader = _Files()
     if file.name.endswith(shards.SUFFIX):
@@ -57,6 +56,10 @@ def weights_file(directory: Path) -> Path:
             return directory / name
     found = sorted(file for file in directory.iterdir() if file.suffix in SUFFIXES and file.is_file())
     found = [file for file in found if file.stem != "checkpoint"]  # a trainer's state, not a model
+    found = gguf.models(found)
+    if len(found) > 1 and all(file.suffix == GGUF for file in found):
+        names = ", ".join(file.name for file in found)
+        raise DuoError(f"{directory}: holds several GGUF files ({names}); name one: {found[0]}")
     if len(found) != 1:
         several = f"several weights files ({', '.join(file.name for file in found)})" if found else "no weights file"
         raise DuoError(f"{directory}: holds {several}; it must have one of {', '.join(NAMES)}")

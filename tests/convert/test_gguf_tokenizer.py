@@ -196,7 +196,7 @@ def test_user_defined_tokens_stand_for_themselves(vocabulary, written):
 def test_a_tokenizer_beside_is_taken_if_it_has_the_tokens(vocabulary, written):
     unknown = metadata(vocabulary, "somebody's own")
     with pytest.raises(
-        DuoError, match=r"tokenizer\.ggml\.pre is somebody's own; known are default, gpt-2, llama-bpe, qwen2"
+        DuoError, match=r"tokenizer\.ggml\.pre is somebody's own; known are default, gpt-2, phi-2, "
     ):
         written(unknown)
     beside, _ = gguf_tokenizer.build(metadata(vocabulary, "qwen2"))
