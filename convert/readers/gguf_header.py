@@ -1,8 +1,8 @@
 """Read the header of a GGUF file: metadata, and where the tensors lie.
 
-Every count, length and offset is compared with the bytes that are left before anything is made of it, so a lying
-header costs neither memory nor time. ``gguf.GGUFReader`` and ``mx.load`` trust these numbers. The reader also makes an array of
-each entry: Gemma's vocabulary takes it 34 s, and half a second here.
+Every count, length and offset is compared with the bytes that are left before anything is made of it, so a lying header
+costs neither memory nor time. ``gguf.GGUFReader`` and ``mx.load`` trust these numbers. The reader also makes an array
+of each entry: Gemma's vocabulary takes it 34 s, and half a second here.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 

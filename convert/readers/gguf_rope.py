@@ -57,7 +57,7 @@ def scaling(say: Metadata, factors: dict[str, Factors], theta: float, head_dim: 
 
 
 def _by_metadata(say: Metadata, factors: dict[str, Factors]) -> dict[str, Any] | None:
-    kind = say.get("rope.scaling.type", "longrope" if LONGROPE["long_factor"] in factors else "linear")
+    kind = say.get("rope.scaling.type", "longrope" if factors.keys() & set(LONGROPE.values()) else "linear")
     known = KINDS[say.architecture]
     if kind == "longrope" and kind in known:
         return _longrope(say, factors)
