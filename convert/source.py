@@ -87,6 +87,8 @@ def open_source(
     made = settings.settings(checkpoint.config, name)
     if default_route is not None:
         made["default_route"] = default_route
+    if rope is not None and checkpoint.format == "GGUF":
+        raise DuoError(f"--rope {rope}: a GGUF file says by its architecture how its rows lie; leave the option out")
     tensors = plan.mapped(checkpoint.tensors, _key_map(key_map, rope, checkpoint, name), made, name)
     _check_kind(made, tensors, name, graft)
     tensors = settings.with_output_biases(checkpoint.config, name, tensors)

@@ -1,7 +1,7 @@
 """Reading checkpoints, whoever wrote them: names, shapes and types at once, each tensor when it is asked for.
 
 A pickle is read with ``weights_only=True`` and needs PyTorch; the other formats need nothing but MLX and NumPy.
-float32, float16 and bfloat16 are kept bit for bit, GGUF's Q8_0, Q4_0 and Q4_1 become float32, and a tensor of any other
+float32, float16 and bfloat16 are kept bit for bit, GGUF's quantised types become float32, and a tensor of any other
 type is refused by name, as it would be changed or misread.
 """
 
