@@ -29,6 +29,9 @@ HEADS = ("num_attention_heads", "n_head", "n_heads")
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
+VERSION = 1  # of a Duo's config.json and names; one that older packages cannot read gets the next number
+NAMING = ("base_model_type", "model_file", "duo_version")  # keys of config.json that are neither the base's nor fields
+
 
 @dataclass(frozen=True)
 class Config:
@@ -101,11 +104,17 @@ class Config:
         Raises:
             DuoError: a key is missing or unusable.
         """
+        version = config.get("duo_version", VERSION)
+        if type(version) is not int or version > VERSION:
+            raise DuoError(
+                f"config.json: the Duo is of version {version!r} and this package reads {VERSION}; "
+                "a newer one may read it (pip install -U duo-mlx)"
+            )
         known = {field.name for field in fields(cls)} - {"base"}
         prefixes = ROUTING if config.get("base_model_type", "llama") == "llama" else OWN
         if unknown := sorted(key for key in config if key.startswith(prefixes) and key not in known):
             raise DuoError(f"config.json has routing keys that are not known: {', '.join(unknown)}")
-        base = {key: value for key, value in config.items() if key not in known | {"base_model_type", "model_file"}}
+        base = {key: value for key, value in config.items() if key not in known and key not in NAMING}
         base["model_type"] = config.get("base_model_type", "llama")  # directories of version 0.1 are all Llamas
         if missing := [names[0] for names in (HIDDEN, LAYERS, ("vocab_size",)) if _first(base, names) is None]:
             raise DuoError(f"config.json lacks {', '.join(sorted(missing))}")
