@@ -88,7 +88,7 @@ def host(tensors: Tensors, config: Mapping[str, Any]) -> Model:
 
 
 def read_dense(directory: Path) -> tuple[dict[str, Any], Model, "TokenizerWrapper"]:
-    """Return configuration, model and tokenizer of a directory in which `duo_mlx.convert` wrote a Duo without small FFNs.
+    """Return configuration, model and tokenizer of a directory that holds a Duo without small FFNs.
 
     Raises:
         DuoError: the directory is no Duo's, or damaged.

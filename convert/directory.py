@@ -114,6 +114,8 @@ def convert(
         router_choices=router_choices,
     )
     found.check()
+    for line in found.notes:
+        watch.note(line)
     refuse_overlap(found.checkpoint.source, destination)
     if bits is not None and bits.bits not in (None, FLOAT) and settings.is_quantised(found.config):
         raise DuoError(

@@ -15,7 +15,7 @@ from duo_mlx.convert import keymaps, plan, settings
 from duo_mlx.convert import source as sources
 from duo_mlx.convert.readers import gguf_header, open_checkpoint
 from duo_mlx.convert.readers.text import read_object
-from duo_mlx.convert.tensors import Checkpoint, Tensor, Tensors
+from duo_mlx.convert.tensors import Checkpoint, Tensors
 from duo_mlx.errors import DuoError
 
 LAYER = re.compile(r"[^0-9]+\.(\d+)\.(.+)")

@@ -27,15 +27,17 @@ def rope(config: Mapping[str, Any], source: Path, known: set[str], fill: bool) -
     parameters: dict[str, Any] = dict(given["rope_parameters"] or {})
     found: dict[str, Any] = {}
     if nested := sorted(key for key, value in parameters.items() if isinstance(value, dict)):
-        if "rope_local_base_freq" not in known or set(nested) != {"full_attention", "sliding_attention"}:
-            if "rope_parameters" in known:
-                return {}
+        if "rope_parameters" in known:
+            return {}
+        whole, local = (parameters.get(f"{attention}_attention") or {} for attention in ("full", "sliding"))
+        alike = whole.get("rope_theta") == local.get("rope_theta")  # sliding attention never scales in mlx-lm
+        if set(nested) != {"full_attention", "sliding_attention"} or not ("rope_local_base_freq" in known or alike):
             raise DuoError(f"{source}: config.json has rope_parameters for {nested[0]}; all layers must share them")
-        local = parameters["sliding_attention"]
         if _named(local) != "default":
             raise DuoError(f"{source}: config.json scales the RoPE of sliding attention, which mlx-lm does not")
-        found["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
-        parameters = dict(parameters["full_attention"])
+        if "rope_local_base_freq" in known:
+            found["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
+        parameters = dict(whole)
     kind = config["model_type"]
     if scaling and parameters and _named(scaling) != _named(parameters):
         raise DuoError(f"{source}: config.json has rope_scaling and rope_parameters of different types; leave out one")

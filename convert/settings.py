@@ -14,14 +14,14 @@ from typing import Any
 import mlx.core as mx
 
 from duo_mlx import bases
-from duo_mlx.config import Config
+from duo_mlx.config import HEADS, HIDDEN, LAYERS, Config
 from duo_mlx.convert import rope_settings
 from duo_mlx.convert.rope_settings import LIKE_LLAMA
 from duo_mlx.convert.tensors import DTYPES, Tensor, Tensors
 from duo_mlx.errors import DuoError
 
-# Keys that change the numbers, and the values that ask for nothing. One that mlx-lm's ModelArgs does not have is refused
-# with any other value, unless that is what transformers' class says where nobody does.
+# Keys that change the numbers, and the values that ask for nothing. One that mlx-lm's ModelArgs does not have is
+# refused with any other value, unless that is what transformers' class says where nobody does.
 MEANINGFUL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish"),
@@ -30,19 +30,20 @@ MEANINGFUL: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,),
     "qk_norm": (False,),
     "qk_layernorm": (False,),
-    "num_experts": (0, 1),
-    "num_local_experts": (0, 1),
-    "n_routed_experts": (0, 1),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
     "embedding_multiplier": (1,),
     "attention_multiplier": (),
     "residual_multiplier": (1,),
     "logits_scaling": (1,),
-    "use_sliding_window": (False,),
     "clip_qkv": (),
     "alibi": (False,),
 }
+# Keys that say the same in transformers, in this version or an earlier one, and in mlx-lm.
+ALIASES = (
+    ("num_experts", "num_local_experts", "n_routed_experts"),
+    ("n_ctx", "n_positions", "max_position_embeddings"),
+)
 WINDOW = 4096  # of mistral where the key is not there
 ROUTER = re.compile(r"(?:(?!\.big\.).)+\.router\.")  # of a Duo, not of a base's experts
 PACKED = {"mxfp4": (32, 4), "mxfp8": (32, 8)}  # quant_method that MLX computes with as it is: group size and bits
@@ -59,7 +60,7 @@ def is_quantised(config: Mapping[str, Any]) -> bool:
 
 
 def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How weights are packed that MLX computes with as they are stored, as config.json's ``quantization``; None: not."""
+    """How weights are packed that MLX computes with as they are stored; None: they are in float."""
     if is_quantised(config):
         return dict(config["quantization"])
     theirs = _theirs(config)
@@ -103,7 +104,8 @@ def named_base(config: Mapping[str, Any]) -> str:
 def settings(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """The config.json of a Duo, with the base's keys and those that ``source`` means without saying them.
 
-    Of a dense model it has no layer with a small FFN. A head that nobody says to be tied or not is left to `settle_head`.
+    Of a dense model it has no layer with a small FFN. A head of which nobody says whether it is tied is left to
+    `settle_head`.
 
     Raises:
         DuoError: mlx-lm cannot run it, or no sense can be made of it.
@@ -118,6 +120,7 @@ def settings(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     made |= {"model_type": kind}
     if "text_config" not in known:
         made |= rope_settings.rope(made, source, set(known), fill=not is_duo(config))
+        made |= _aliases(made, source, set(known))
         made |= _defaults(made, known)
         _refuse_unread(made, source, set(known))
     if kind == "mistral":
@@ -131,13 +134,52 @@ def settings(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     return made if is_duo(config) else made | {"small_layers": []}
 
 
+def unread_window(config: Mapping[str, Any]) -> int | None:
+    """The tokens after which transformers' attention slides and that of mlx-lm's model does not; None: there are none.
+
+    ``config`` is of `settings`.
+    """
+    kind, window = config["base_model_type"], config.get("sliding_window")
+    args = bases.classes({**config, "model_type": kind})[1]
+    known = {field.name for field in fields(args)} if is_dataclass(args) else {"sliding_window"}
+    longest = config.get("max_position_embeddings")
+    if "sliding_window" in known or type(window) is not int or config.get("use_sliding_window") is False:
+        return None
+    return window if type(longest) is not int or window < longest else None
+
+
 def _check_weights(config: Mapping[str, Any], source: Path) -> None:
     """Refuse quantised weights of others; their tensors hold no numbers that could be taken as they are."""
     if quantization(config) is None and (theirs := _theirs(config)):
         raise DuoError(
-            f"{source}: its weights are quantised ({theirs.get('quant_method') or 'by an unknown method'}); give a model "
-            f"with weights in {', '.join(DTYPES)}, or one that MLX quantised"
+            f"{source}: its weights are quantised ({theirs.get('quant_method') or 'by an unknown method'}); give a "
+            f"model with weights in {', '.join(DTYPES)}, or one that MLX quantised"
         )
+
+
+def _aliases(config: Mapping[str, Any], source: Path, known: set[str]) -> dict[str, Any]:
+    """The keys that mlx-lm reads and that ``config`` says in another way."""
+    found: dict[str, Any] = {}
+    for names in ALIASES:
+        value = next((config[name] for name in names if config.get(name) is not None), None)
+        if value is not None:
+            found |= {name: value for name in names if name in known and config.get(name) is None}
+    experts = next((name for name in ALIASES[0] if config.get(name) not in (None, 0, 1)), None)
+    if experts is not None and not known & set(ALIASES[0]):
+        raise DuoError(f"{source}: config.json says {experts}; mlx-lm's {config['model_type']} has no experts")
+    kinds, pattern = config.get("layer_types"), config.get("sliding_window_pattern")
+    named = "sliding_window_pattern" in known and "layer_types" not in known
+    if kinds and named and (pattern is None or type(pattern) is int):
+        found["sliding_window_pattern"] = _pattern(kinds, source)
+    return found
+
+
+def _pattern(kinds: list[str], source: Path) -> int:
+    """Every how manieth layer sees everything, as mlx-lm says it."""
+    full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    if full and full == list(range(full[0], len(kinds), full[0] + 1)):
+        return full[0] + 1
+    raise DuoError(f"{source}: config.json: in layer_types, mlx-lm expects full attention in every n-th layer")
 
 
 def _defaults(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,25 +189,15 @@ def _defaults(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, 
         for name, field in known.items()
         if field.default is MISSING and field.default_factory is MISSING and config.get(name) is None
     }
-    if "num_key_value_heads" in known and "num_key_value_heads" not in config:
-        wanted.add("num_key_value_heads")
-    wanted -= {
-        "model_type",
-        "hidden_size",
-        "num_hidden_layers",
-        "vocab_size",
-        "intermediate_size",
-        "num_attention_heads",
-    }
+    wanted |= {"num_key_value_heads"} & (known.keys() - config.keys())
+    wanted -= {"model_type", *HIDDEN, *LAYERS, *HEADS, "vocab_size", "intermediate_size"}
     if not wanted:
         return {}
     theirs = _of_transformers(config["model_type"])
-    return {name: theirs[name] for name in wanted if theirs.get(name) is not None and _fits(name, theirs, config)}
-
-
-def _fits(name: str, theirs: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """A number of heads that follows from another one is no default."""
-    return name != "num_key_value_heads" or theirs[name] != theirs.get("num_attention_heads")
+    if theirs.get("num_key_value_heads") == theirs.get("num_attention_heads"):
+        theirs.pop("num_key_value_heads", None)  # as many as there are heads is no number
+    plain = {"rope_scaling": {"rope_type": "default"}}
+    return {name: value for name in wanted if (value := theirs.get(name, plain.get(name))) is not None}
 
 
 def _of_transformers(kind: str) -> dict[str, Any]:
@@ -188,8 +220,8 @@ def _refuse_unread(config: Mapping[str, Any], source: Path, known: set[str]) -> 
         if _of_transformers(config["model_type"]).get(key) == value and config["model_type"] not in LIKE_LLAMA:
             continue
         raise DuoError(
-            f"{source}: config.json says {key} {value!r}; mlx-lm's {config['model_type']} does not read that key, so the "
-            "weights would mean something else"
+            f"{source}: config.json says {key} {value!r}; mlx-lm's {config['model_type']} does not read that key, so "
+            "the weights would mean something else"
         )
 
 

@@ -35,6 +35,16 @@ class Source:
     cast: bool = False  # whether weights get another type than they have in the source
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth a line."""
+        window = settings.unread_window(self.config)
+        kind = self.config["base_model_type"]
+        line = (
+            f"mlx-lm's {kind} sees whole texts, so beyond {window} tokens it differs from transformers', which slides"
+        )
+        return () if window is None else (line,)
+
+    @property
     def stock(self) -> Path | None:
         """The directory of a dense model whose tensors are written as they are, if it is one that mlx-lm may load."""
         directory = self.checkpoint.files[0].parent

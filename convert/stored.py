@@ -68,9 +68,10 @@ def _dequantised(module: Any, parts: list[Callable[[], mx.array]], exact: bool) 
     dtype = mx.float32 if exact else module.scales.dtype if mode == "affine" else mx.bfloat16
 
     def load() -> mx.array:
-        weight, scales, biases = (*(part() for part in parts), None)[:3]
-        if mode == "affine" and biases is not None:  # the scales of other modes are eight bits wide
-            scales, biases = scales.astype(dtype), biases.astype(dtype)
+        weight, scales = parts[0](), parts[1]()
+        biases = parts[2]().astype(dtype) if parts[2:] else None
+        if mode == "affine":  # the scales of other modes are eight bits wide
+            scales = scales.astype(dtype)
         whole: mx.array = mx.dequantize(weight, scales, biases, group_size, bits, mode)
         return whole.astype(dtype)
 

@@ -16,6 +16,8 @@ def classes(config: dict[str, Any]) -> tuple[Any, Any]:
         DuoError: neither this package nor mlx-lm has the architecture.
     """
     kind = config.get("model_type")
+    if kind == "llama" and config.get("layer_types") and "full_attention" not in config["layer_types"]:
+        kind = "mistral"  # whose layers may all see a window only
     if isinstance(kind, str) and kind.isidentifier() and find_spec(f"{__name__}.{kind}"):
         module = import_module(f"{__name__}.{kind}")
         return module.Model, module.Config
