@@ -114,8 +114,12 @@ def convert(
         router_choices=router_choices,
     )
     found.check()
-    for line in found.notes:
+    for line in (*found.checkpoint.notes, *found.notes):
         watch.note(line)
+    if verify and (graft is None or bits is not None):
+        from duo_mlx.convert import parity
+
+        parity.check_reference(found.config | ({"small_intermediate_size": 1} if graft else {}))
     refuse_overlap(found.checkpoint.source, destination)
     if bits is not None and bits.bits not in (None, FLOAT) and settings.is_quantised(found.config):
         raise DuoError(
@@ -215,9 +219,11 @@ class _Job:
 
     def _bring_tokenizer(self, directory: Path) -> None:
         try:
-            write_tokenizer(self.source.checkpoint, directory, Config.from_dict(self.source.config).vocab_size)
+            note = write_tokenizer(self.source.checkpoint, directory, Config.from_dict(self.source.config).vocab_size)
         except OSError as error:
             raise DuoError(f"{error.filename2 or error.filename or directory}: {error.strerror or error}") from error
+        if note:
+            self.watch.note(note)
 
     def _bring_record(self, directory: Path) -> None:
         """What stands beside ``best_patterns`` that are taken as they are."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from duo_mlx.config import Config
@@ -16,6 +17,7 @@ from duo_mlx.convert import source as sources
 from duo_mlx.convert.readers import gguf_header, open_checkpoint
 from duo_mlx.convert.readers.text import read_object
 from duo_mlx.convert.tensors import Checkpoint, Tensors
+from duo_mlx.convert.tokenizer import write_tokenizer
 from duo_mlx.errors import DuoError
 
 LAYER = re.compile(r"[^0-9]+\.(\d+)\.(.+)")
@@ -108,13 +110,14 @@ def inspect(checkpoint: Checkpoint, source: str) -> Inspection:
         # how many heads to permute, only a configuration says; here rows need not be in their places
         tensors = keymaps.named(keymap.name, None if config else "half").to_canonical(checkpoint.tensors, config)
     except DuoError as error:  # unknown names, or a configuration without what this map needs
-        problems.append(str(error))
+        problems.append(_unsupported(checkpoint) or str(error))
     tensors = plan.kept(tensors, tied=False)
     rows, kind = _rows(tensors), _kind(config, tensors)
     known: Config | None = None
     if keymap is not None and not problems:
         known, problems = _understood(checkpoint, kind)
     quantised = _quantised(config)
+    problems += _tokenizer_problems(checkpoint, known.vocab_size) if known and kind != "unknown" else []
     tied, queries = config.get("tie_word_embeddings"), rows.get("self_attn.q_proj.weight")
     heads = known.num_attention_heads or None if known else config.get("num_attention_heads")
     head_dim = known.head_dim or None if known else config.get("head_dim")
@@ -181,6 +184,9 @@ def _understood(checkpoint: Checkpoint, kind: str) -> tuple[Config | None, list[
         return None, ["there is no config.json; give one with --config FILE"]
     try:
         found = sources.describe(checkpoint, checkpoint.source, graft=kind == "dense")
+        found.check()
+    except plan.MisfitError:
+        pass
     except DuoError as error:
         return None, [str(error)]
     config, misfits = Config.from_dict(found.config), plan.misfits(found.tensors, found.expected)
@@ -189,9 +195,30 @@ def _understood(checkpoint: Checkpoint, kind: str) -> tuple[Config | None, list[
     return config, [f"{len(misfits)} tensors do not fit config.json ({misfits[0]}); --dry-run lists them"]
 
 
+def _unsupported(checkpoint: Checkpoint) -> str | None:
+    """What the configuration alone forbids, which says more than names that fit no key map."""
+    if not checkpoint.config or settings.is_quantised(checkpoint.config):
+        return None
+    try:
+        settings.settings(checkpoint.config, checkpoint.source)
+    except DuoError as error:
+        return str(error)
+    return None
+
+
+def _tokenizer_problems(checkpoint: Checkpoint, size: int) -> list[str]:
+    """Why the tokenizer would be refused."""
+    with TemporaryDirectory() as made:
+        try:
+            write_tokenizer(checkpoint, Path(made), size)
+        except DuoError as error:
+            return [str(error)]
+    return []
+
+
 def _quantised(config: Mapping[str, Any]) -> str | None:
     if not settings.is_quantised(config):
-        return None
+        return settings.foreign_quantisation(config)
     said = config["quantization"]
     special = Counter(value["bits"] for value in said.values() if isinstance(value, dict) and "bits" in value)
     others = "".join(f", {count} modules in {bits} bits" for bits, count in sorted(special.items()))
@@ -234,6 +261,8 @@ def _tokenizer(checkpoint: Checkpoint) -> str | None:
             return "tokenizer.json, which is damaged"
         chat = ", with a chat template" if _has_template(directory) else ""
         return f"tokenizer.json, {kind or 'of an unnamed kind'}, {count} entries{chat}"
+    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        return "vocab.json and merges.txt"
     return "tokenizer.model, sentencepiece" if (directory / "tokenizer.model").is_file() else None
 
 

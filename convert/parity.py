@@ -31,7 +31,7 @@ from duo_mlx.routed import ask
 from duo_mlx.routes import Route, Routes, parse_pattern
 
 if TYPE_CHECKING:
-    from duo_mlx.convert.reference import DuoModel
+    from duo_mlx.convert.reference import DuoConfig, DuoModel
 
 TOLERANCE = 1e-4  # on logits
 ROUNDING = 0.1  # on single logits, where the distributions agree
@@ -196,15 +196,30 @@ def _inputs(config: Config, batch: int, tokens: int, seed: int) -> NDArray[np.in
     return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, tokens))
 
 
-def _reference(config: dict[str, Any], weights: Tensors) -> "DuoModel":
+def check_reference(config: dict[str, Any]) -> "DuoConfig":
+    """Check that the PyTorch reference can do what a config.json says, before the work that it is to verify.
+
+    Raises:
+        DuoError: PyTorch is not installed, or its reference lacks an option of this configuration.
+    """
     try:
-        from duo_mlx.convert.reference import DuoConfig, DuoModel
+        from duo_mlx.convert.reference import DuoConfig
     except ImportError:
         raise DuoError("--verify needs PyTorch: pip install 'duo-mlx[torch]'") from None
     if "sliding_attention" in Config.from_dict(config).layer_types:
         raise DuoError("--verify: the PyTorch reference knows no sliding_attention; convert without it")
     try:
-        reference = DuoModel(DuoConfig.from_dict(config)).eval()
+        return DuoConfig.from_dict(config)
+    except ValueError as error:
+        raise DuoError(f"--verify: {error}; convert without it") from None
+
+
+def _reference(config: dict[str, Any], weights: Tensors) -> "DuoModel":
+    said = check_reference(config)
+    from duo_mlx.convert.reference import DuoModel
+
+    try:
+        reference = DuoModel(said).eval()
     except ValueError as error:
         raise DuoError(f"--verify: {error}; convert without it") from None
     state = {name: to_torch(tensor.load()).float() for name, tensor in weights.items()}

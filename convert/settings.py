@@ -16,6 +16,7 @@ import mlx.core as mx
 from duo_mlx import bases
 from duo_mlx.config import HEADS, HIDDEN, LAYERS, Config
 from duo_mlx.convert import rope_settings
+from duo_mlx.convert.readers.text import shown
 from duo_mlx.convert.rope_settings import LIKE_LLAMA
 from duo_mlx.convert.tensors import DTYPES, Tensor, Tensors
 from duo_mlx.errors import DuoError
@@ -64,16 +65,25 @@ def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if is_quantised(config):
         return dict(config["quantization"])
     theirs = _theirs(config)
-    if theirs and theirs.get("quant_method") in PACKED:
+    if isinstance(theirs, dict) and theirs.get("quant_method") in PACKED:
         group_size, bits = PACKED[theirs["quant_method"]]
         return {"group_size": group_size, "bits": bits, "mode": theirs["quant_method"]}
     return None
 
 
-def _theirs(config: Mapping[str, Any]) -> dict[str, Any]:
+def foreign_quantisation(config: Mapping[str, Any]) -> str | None:
+    """By which method weights are quantised that MLX does not compute with, such as gptq; None: they are not."""
+    theirs = _theirs(config)
+    if theirs is None or quantization(config) is not None:
+        return None
+    method = theirs.get("quant_method") if isinstance(theirs, dict) else None
+    return shown(method) if method else "by an unknown method"
+
+
+def _theirs(config: Mapping[str, Any]) -> Any:
+    """What transformers says of how weights are quantised."""
     inner = config.get("text_config")
-    found = config.get("quantization_config") or (isinstance(inner, dict) and inner.get("quantization_config")) or {}
-    return found if isinstance(found, dict) else {"quant_method": None}
+    return config.get("quantization_config") or (inner.get("quantization_config") if isinstance(inner, dict) else None)
 
 
 def base_type(config: Mapping[str, Any], source: Path) -> str:
@@ -150,11 +160,12 @@ def unread_window(config: Mapping[str, Any]) -> int | None:
 
 def _check_weights(config: Mapping[str, Any], source: Path) -> None:
     """Refuse quantised weights of others; their tensors hold no numbers that could be taken as they are."""
-    if quantization(config) is None and (theirs := _theirs(config)):
-        raise DuoError(
-            f"{source}: its weights are quantised ({theirs.get('quant_method') or 'by an unknown method'}); give a "
-            f"model with weights in {', '.join(DTYPES)}, or one that MLX quantised"
-        )
+    if foreign_quantisation(config) is None:
+        return
+    raise DuoError(
+        f"{source}: its weights are quantised ({foreign_quantisation(config)}); convert the model that it was made of, "
+        f"with weights in {', '.join(DTYPES)}, or one that MLX quantised"
+    )
 
 
 def _aliases(config: Mapping[str, Any], source: Path, known: set[str]) -> dict[str, Any]:
@@ -304,7 +315,12 @@ def settle_router(config: Mapping[str, Any], choices: str | None, tensors: Tenso
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(mx.array_equal(a.load(), b.load()).item())
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and a.dtype in DTYPES
+        and bool(mx.array_equal(a.load(), b.load()).item())
+    )
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from duo_mlx import shards
 from duo_mlx.config import Config
 from duo_mlx.convert import dense, keymaps, plan, readers, settings
+from duo_mlx.convert.readers.text import shown
 from duo_mlx.convert.rope_settings import LIKE_LLAMA
 from duo_mlx.convert.sanitised import sanitised
 from duo_mlx.convert.tensors import DTYPES, Checkpoint, Tensor, Tensors
@@ -65,7 +66,8 @@ class Source:
         for name, tensor in self.tensors.items():
             if tensor.dtype not in kinds:
                 raise DuoError(
-                    f"{self.name}: {tensor.name or name} is {tensor.dtype}; weights must be {', '.join(DTYPES)}"
+                    f"{self.name}: {shown(tensor.name or name)} is {tensor.dtype}; weights must be {', '.join(DTYPES)} "
+                    "(a rule of --key-map with drop = true leaves a tensor out)"
                 )
         if misfits := plan.misfits(self.tensors, self.expected):
             raise plan.MisfitError(self.name, misfits)

@@ -16,19 +16,20 @@ from duo_mlx import _blas
 
 if TYPE_CHECKING:
     from duo_mlx.checkpoint import load
+    from duo_mlx.config import Config
     from duo_mlx.errors import DuoError
     from duo_mlx.generation import Response, generate, stream_generate
-    from duo_mlx.model import Model, ModelArgs
+    from duo_mlx.model import Model
     from duo_mlx.policies import FixedPolicy, Policy, RandomPolicy, ReplayPolicy, parse_route
     from duo_mlx.routes import Route, format_pattern, parse_pattern
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Config",
     "DuoError",
     "FixedPolicy",
     "Model",
-    "ModelArgs",
     "Policy",
     "RandomPolicy",
     "ReplayPolicy",
@@ -47,7 +48,8 @@ _HOMES = {
     "checkpoint": ("load",),
     "errors": ("DuoError",),
     "generation": ("Response", "generate", "stream_generate"),
-    "model": ("Model", "ModelArgs"),
+    "config": ("Config",),
+    "model": ("Model",),
     "policies": ("FixedPolicy", "Policy", "RandomPolicy", "ReplayPolicy", "parse_route"),
     "routes": ("Route", "format_pattern", "parse_pattern"),
 }

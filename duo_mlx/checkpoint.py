@@ -10,6 +10,7 @@ directory does not need them.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from duo_mlx import shards
 from duo_mlx.config import VERSION
 from duo_mlx.device import on_cpu
 from duo_mlx.errors import DuoError
-from duo_mlx.files import output_file, write_text
+from duo_mlx.files import foreign_content, output_file, write_text
 from duo_mlx.routes import Route, Routes
 
 if TYPE_CHECKING:
@@ -156,12 +157,28 @@ def read_config(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DuoError(f"{directory}: holds no config.json, so it is no model directory") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DuoError(f"{file}: is no JSON ({error})") from None
+        raise DuoError(f"{file}: {foreign_content(file) or f'is no JSON ({error})'}") from None
     if not isinstance(config, dict):
         raise DuoError(f"{file}: must hold a JSON object")
     if config.get("model_type") != "duo":
-        raise DuoError(f"{file}: model_type is {config.get('model_type')!r}; this package runs models of type 'duo'")
+        raise DuoError(
+            f"{file}: model_type is {config.get('model_type')!r}, so it is a dense model, not a Duo; "
+            "duo-mlx convert DIR DST --graft --calibrate TEXT makes a Duo of it"
+        )
     return config
+
+
+def read_eos_ids(directory: Path, config: Mapping[str, Any]) -> list[int] | int | None:
+    """Read the ids that end a text: generation_config.json's, else config.json's, as mlx-lm does; None: none.
+
+    ``config`` is the directory's config.json.
+    """
+    try:
+        said = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        said = {}
+    found = said.get("eos_token_id") if isinstance(said, dict) else None
+    return config.get("eos_token_id") if found in (None, []) else found
 
 
 def fingerprint(directory: Path, *, choosing: bool = False) -> str:
@@ -199,7 +216,8 @@ def _check_safetensors(file: Path) -> None:
         with safe_open(file, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise DuoError(f"{file}: is damaged or no safetensors file ({_one_line(error)})") from None
+        what = foreign_content(file) or f"is damaged or no safetensors file ({_one_line(error)})"
+        raise DuoError(f"{file}: {what}") from None
 
 
 def read_tokenizer(directory: Path, config: dict[str, Any]) -> "TokenizerWrapper":
@@ -213,8 +231,11 @@ def read_tokenizer(directory: Path, config: dict[str, Any]) -> "TokenizerWrapper
     try:
         # a configuration without anything: transformers would read the model's own, some of which it cannot
         options = {"trust_remote_code": False, "local_files_only": True, "config": PretrainedConfig()}
-        return load_tokenizer(directory, options, eos_token_ids=config.get("eos_token_id"))
+        return load_tokenizer(directory, options, eos_token_ids=read_eos_ids(directory, config))
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
+        for file in sorted(directory.glob("*token*")):
+            if what := foreign_content(file):
+                raise DuoError(f"{file}: {what}") from None
         raise DuoError(f"{directory}: the tokenizer cannot be read: {_one_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -87,12 +87,10 @@ def plan(
             if routes.shape not in ((layers,), (batch, tokens, layers)):
                 check_routes(np.zeros(routes.shape, np.uint8), batch, tokens, layers)
             columns = mx.broadcast_to(routes, (batch, tokens, layers))
-            columns = columns[:, 0] if tokens == 1 else columns
             return [columns[..., layer] for layer in range(layers)]
     host = check_routes(routes, batch, tokens, layers)
     if host.ndim == 1:
         return [Route(route) for route in host.tolist()]
-    host = host[:, 0] if tokens == 1 else host
     return [_shared(host[..., layer]) for layer in range(layers)]
 
 
@@ -118,7 +116,9 @@ def decide(entry: LayerRoutes | Router, layer: int, x: mx.array, ffns: FFNs, str
         by, route = resolve(strategy, ffns, x, "device"), entry
     else:
         one = isinstance(entry, Route) and strategy != "dense"
-        return entry, "planned" if one or strategy == "sync" else resolve(strategy, ffns, x, "host")
+        by = "planned" if one or strategy == "sync" else resolve(strategy, ffns, x, "host")
+        return entry if isinstance(entry, Route) else entry.reshape(x.shape[:-1]), by
+    route = route.reshape(x.shape[:-1])
     return (_shared(read(route)), by) if by == "sync" else (route, by)
 
 

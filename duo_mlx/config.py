@@ -40,7 +40,7 @@ class Config:
     base: dict[str, Any]  # what mlx-lm's Config of the base reads, ``model_type`` included
     small_intermediate_size: int = 0  # 0 where no layer has a small FFN
     small_layers: tuple[int, ...] | None = None  # layers that have a small FFN; in the others small means big
-    small_bias: bool = False  # whether the small FFNs' projections have biases
+    small_bias: bool = False  # whether the small FFNs' projections have biases, whatever mlp_bias says of big's
     small_activation: str = "silu"  # of the small FFNs' gates, one of `ACTIVATIONS`
     skip_scope: str = "ffn"  # what SKIP bypasses: "ffn", or "layer" (attention too; keys and values are still written)
     router_choices: str = ""  # the routes that the layers' routers choose between, such as "sB"; empty: no routers
@@ -57,7 +57,7 @@ class Config:
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise DuoError(f"config.json: {name} is {value!r}; it must be a positive integer")
         layers, width = self.num_hidden_layers, self.small_intermediate_size
-        if type(width) is not int or width < 0:
+        if type(width) is not int or width < (self.small_layers != ()):
             raise DuoError(f"config.json: small_intermediate_size is {width!r}; it must be a positive integer")
         if self.skip_scope not in ("ffn", "layer"):
             raise DuoError(f"config.json: skip_scope is {self.skip_scope!r}; it must be 'ffn' or 'layer'")
@@ -66,13 +66,21 @@ class Config:
                 f"config.json: small_activation is {self.small_activation!r}; there are {', '.join(ACTIVATIONS)}"
             )
         if len(self.layer_types) != layers:
-            raise DuoError(f"config.json: layer_types must name the attention of each of the {layers} layers")
+            raise DuoError(f"config.json: layer_types must name the attention for each of the {layers} layers")
+        if (heads := self.num_attention_heads) and heads % self.num_key_value_heads:
+            raise DuoError(
+                f"config.json: num_attention_heads {heads} is no multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if heads and _first(self.base, ("head_dim",)) is None and self.hidden_size % heads:
+            raise DuoError(
+                f"config.json: hidden_size {self.hidden_size} is no multiple of "
+                f"num_attention_heads {heads}, and there is no head_dim"
+            )
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise DuoError("config.json: layer_types has sliding_attention, so sliding_window must say how many tokens")
         if self.small_layers is not None:
             object.__setattr__(self, "small_layers", _layer_numbers(self.small_layers, layers))
-        if width == 0 and self.small_layers != ():
-            raise DuoError("config.json lacks small_intermediate_size")
         if type(self.small_bias) is not bool:
             raise DuoError(f"config.json: small_bias is {self.small_bias!r}; it must be true or false")
         choices = self.router_choices
@@ -114,9 +122,13 @@ class Config:
         prefixes = ROUTING if config.get("base_model_type", "llama") == "llama" else OWN
         if unknown := sorted(key for key in config if key.startswith(prefixes) and key not in known):
             raise DuoError(f"config.json has routing keys that are not known: {', '.join(unknown)}")
-        base = {key: value for key, value in config.items() if key not in known and key not in NAMING}
+        ours = known | set(NAMING)
+        base = {key: value for key, value in config.items() if key not in ours and value is not None}
         base["model_type"] = config.get("base_model_type", "llama")  # directories of version 0.1 are all Llamas
-        if missing := [names[0] for names in (HIDDEN, LAYERS, ("vocab_size",)) if _first(base, names) is None]:
+        missing = [names[0] for names in (HIDDEN, LAYERS, ("vocab_size",)) if _first(base, names) is None]
+        if config.get("small_intermediate_size") is None and config.get("small_layers") != []:
+            missing.append("small_intermediate_size")
+        if missing:
             raise DuoError(f"config.json lacks {', '.join(sorted(missing))}")
         return cls(base, **{key: config[key] for key in known & config.keys() if config[key] is not None})
 
@@ -142,6 +154,11 @@ class Config:
             return routes
         big_only = np.array([not self.has_small(layer) for layer in range(self.num_hidden_layers)])
         return np.where(big_only & (routes == Route.SMALL), np.uint8(Route.BIG), routes)
+
+    @property
+    def small_has_bias(self) -> bool:
+        """Whether the small FFNs' projections have biases."""
+        return self.small_bias or bool(_first(self.base, ("mlp_bias",)))
 
     @property
     def hidden_size(self) -> int:

@@ -17,6 +17,7 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from numpy.typing import NDArray
 
+from duo_mlx import hosting
 from duo_mlx.config import Config
 from duo_mlx.errors import DuoError
 from duo_mlx.ffn import nbytes
@@ -67,7 +68,7 @@ def flops(args: Config, context: int) -> RouteTable:
 def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
     """Bytes of weights that decoding one token reads, from the sizes of the arrays that the model really holds.
 
-    Of experts it reads the active ones. A layer's norms count whatever its route is.
+    Of experts it reads the active ones. A norm whose output nothing but an FFN needs is not read where that is skipped.
 
     Args:
         model: a Duo.
@@ -77,6 +78,7 @@ def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
     blocks, by_route = list(model.layers), np.zeros((model.config.num_hidden_layers, len(Route)), np.int64)
     for index, (costs, block, ffn) in enumerate(zip(by_route, blocks, model.ffns, strict=True)):
         costs[:] = nbytes(block) - nbytes(ffn)
+        costs[Route.SKIP] -= sum(nbytes(norm) for norm in hosting.norms_of_ffn(block))
         if model.parts is not None:
             costs[Route.SKIP] = model.parts[index].skipped_bytes()
         costs[Route.BIG] += active_bytes(ffn.big)
@@ -178,18 +180,16 @@ def windows(model: Model) -> list[int | None]:
 
 def _positions(model: Model) -> tuple[NDArray[np.int64], list[int | None]]:
     """Bytes of a position's keys and values in each layer, and `windows`. What a pass writes is built, not computed."""
-    sizes = []
-    for tokens in (1, 2):
-        cache = model.make_cache()
-        model(mx.zeros((1, tokens), mx.uint32), cache, routes=[Route.BIG] * model.config.num_hidden_layers)
-        sizes.append([_held(layer) for layer in cache])
-    return np.array(sizes[1], np.int64) - np.array(sizes[0], np.int64), windows(model)
+    cache = model.make_cache()
+    model(mx.zeros((1, 1), mx.uint32), cache, routes=[Route.BIG] * model.config.num_hidden_layers)
+    return np.array([_position(layer) for layer in cache], np.int64), windows(model)
 
 
-def _held(cache: Any) -> int:
-    """Bytes of the positions that a layer's cache holds."""
+def _position(cache: Any) -> int:
+    """Bytes of one position in a layer's cache, whose arrays are ``[batch, heads, positions, width]``."""
     state: Any = tree_flatten(cache.state)
-    return sum(array.nbytes for _, array in state if isinstance(array, mx.array))
+    arrays = [array for _, array in state if isinstance(array, mx.array) and array.ndim == 4]
+    return sum(array.nbytes // array.shape[2] for array in arrays)
 
 
 def _attended(args: Config, context: int) -> NDArray[np.int64]:

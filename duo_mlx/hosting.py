@@ -146,7 +146,7 @@ def trunk_of(model: nn.Module, layers: list[Any]) -> nn.Module:
         DuoError: none does.
     """
     for module in model.modules():
-        if any(isinstance(child, list) and layers[0] in child for child in module.values()):
+        if any(isinstance(child, list) and any(each is layers[0] for each in child) for child in module.values()):
             return module
     raise DuoError("no module holds the layers")
 
@@ -161,6 +161,16 @@ def ffn_name(block: nn.Module) -> str:
         if isinstance(block.get(name), nn.Module):
             return name
     raise DuoError(f"a layer has no FFN that this package knows, only {', '.join(sorted(block))}")
+
+
+def norms_of_ffn(block: nn.Module) -> list[nn.Module]:
+    """The norms of a block that only its FFN has use for, as far as their names tell."""
+    for name in ("pre_feedforward_layernorm", "pre_ff_layernorm", "ffn_norm", "ln_2"):
+        if name in block:
+            return [block[name]]
+    if "post_attention_layernorm" in block and not any("feedforward" in name for name in block):
+        return [block["post_attention_layernorm"]]
+    return []
 
 
 def without(model: Any) -> nn.Module:

@@ -91,7 +91,7 @@ class Model(nn.Module):
         small = None
         if config.has_small(index):
             width = config.small_intermediate_size
-            small = GatedFFN(config.hidden_size, width, config.small_activation, config.small_bias)
+            small = GatedFFN(config.hidden_size, width, config.small_activation, config.small_has_bias)
         router = RouterWeights(config) if config.router_choices else None
         block[name] = made = DuoFFN(block[name], small, router, index)
         return made
@@ -225,9 +225,10 @@ class Model(nn.Module):
     @property
     def table(self) -> nn.Module:
         """The vocabulary's, which the head multiplies with: an embedding, or a linear map."""
-        inside = {id(module) for module in self.trunk.modules()}
+        inside = {id(module) for block in self.layers for module in block.modules()}
         for module in self.modules():
-            if id(module) not in inside and isinstance(module, nn.Linear | nn.QuantizedLinear):
+            linear = isinstance(module, nn.Linear | nn.QuantizedLinear) and id(module) not in inside
+            if linear and module.weight.shape[0] == self.config.vocab_size:
                 return module
         return self.embedding
 

@@ -58,8 +58,7 @@ class OpenLayers:
 
     def run(self, index: int, h: mx.array, route: Route) -> mx.array:
         """A layer's output ``[n, tokens, hidden]`` for its input ``h``, where all tokens take ``route``."""
-        with self.model.carried_out([route] * self._layers, "planned", memo=self._memo):
-            return self._call(index, h)
+        return self.children(index, h, {route: np.arange(len(h))})
 
     def open(self, index: int, h: mx.array, on_ffn: Callable[[Any, mx.array], mx.array]) -> mx.array:
         """A layer's output for its input ``h``, with ``on_ffn`` in place of its FFN (`duo_mlx.forward.Forward`)."""
@@ -87,6 +86,7 @@ class OpenLayers:
             found = []
             for route, places in by_ffn.items():
                 module = ffn.big if route is Route.BIG else ffn.small
+                module = getattr(module, "by_powers", module)  # `duo_mlx.cpu`
                 if route is Route.SKIP:
                     found.append(mx.zeros_like(x))
                 elif len(places) == len(x):
@@ -125,6 +125,11 @@ def can_open(model: Model) -> bool:
     return found
 
 
+def _all_big(ffn: Any, x: mx.array) -> mx.array:
+    out: mx.array = ffn.big(x)
+    return out
+
+
 def _try_opening(model: Model) -> bool:
     tokens, big = mx.zeros((1, 3), mx.uint32), [Route.BIG] * model.config.num_hidden_layers
     layers = OpenLayers.__new__(OpenLayers)
@@ -133,8 +138,8 @@ def _try_opening(model: Model) -> bool:
         h = layers.root
         if h.shape != (1, 3, model.config.hidden_size):
             return False
-        for index, route in enumerate(big):
-            h = layers.run(index, h, route)
-        return primitives(layers.logits(h)) == primitives(model(tokens, routes=big))
+        for index in range(len(big)):
+            h = layers.open(index, h, _all_big)
+        return primitives(layers.logits(h)) == primitives(model(tokens, routes=big, on_ffn=_all_big))
     except (TypeError, ValueError, AttributeError, IndexError):
         return False  # the trunk hands on more than hidden states

@@ -94,7 +94,7 @@ class Rounds:
         self._cache, self._sampling, self._processors = cache, sampling, processors
         self._weight_bytes, self._cache_bytes = cost.pass_bytes(model), cost.pass_cache_bytes(model)
         self._draft_bytes = cost.pass_bytes(model, cost.draft_bytes(model))
-        self._draft_head = model.draft_head()
+        self._draft_head, self._can_share = model.draft_head(), can_open(model)
 
         @lru_cache(maxsize=1024)
         def plans(routes: bytes, tokens: int, layers: int) -> list[Any]:
@@ -129,7 +129,7 @@ class Rounds:
         drafting = self._drafting(start, wanted)
         drafts = len(drafting)
         verifying = patterns(self._model, self._verify, start, start + drafts + 1)
-        shared = shared_layers(drafting, verifying[:-1]) if can_open(self._model) else 0
+        shared = shared_layers(drafting, verifying[:-1]) if self._can_share else 0
         with mx.stream(generation_stream):
             before = mx.array([*history[:-1]] if self._processors else [], mx.uint32)
             inputs, hidden, drafted = self._drafts(before, mx.array([[history[-1]]], mx.uint32), drafting, shared)

@@ -98,8 +98,8 @@ def tiny_model(tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., Mode
             shapes = {name: value.shape for name, value in tree_flatten(model.parameters())}
             weights = random_weights(shapes, seed)
             model.load_weights([(name, mx.array(value)) for name, value in weights.items()])
-            cpu.quicken(model)
             mx.eval(model.parameters(), model(mx.array([[0]])))  # the pass also settles rotary tables
+            cpu.quicken(model)
             made[key] = model
         return made[key]
 

@@ -39,7 +39,7 @@ def share_by_names(model, pattern):
 
     def read(letters):
         # the head is read whole, and of the embedding a row
-        head = 0 if model.config.tie_word_embeddings else -embedding
+        head = 0 if model.args.tie_word_embeddings else -embedding
         total = sum(sizes.values()) + head + embedding // model.config.vocab_size
         for layer, letter in enumerate(letters):
             prefix = f"model.layers.{layer}."

@@ -125,7 +125,7 @@ def test_a_hub_id_loads_from_the_cache_and_only_data_is_asked_for(saved, monkeyp
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     loaded, _ = duo_mlx.load("owner/name", revision="v1")
-    assert loaded.args.num_hidden_layers == 4
+    assert loaded.config.num_hidden_layers == 4
     assert asked["repository"] == "owner/name" and asked["revision"] == "v1"
     assert not any(pattern.endswith((".py", "*")) and pattern != "tokenizer*" for pattern in asked["allow_patterns"])
 

@@ -10,14 +10,16 @@ from mlx_lm.utils import quantize_model
 from duo_mlx import checkpoint, cost
 from duo_mlx.model import Model, ModelArgs
 
-PAPER = ModelArgs(
-    hidden_size=2560,
-    num_hidden_layers=12,
-    intermediate_size=10240,
-    small_intermediate_size=640,
-    num_attention_heads=20,
-    rms_norm_eps=1e-5,
-    vocab_size=32000,
+PAPER = ModelArgs.from_dict(
+    {
+        "hidden_size": 2560,
+        "num_hidden_layers": 12,
+        "intermediate_size": 10240,
+        "small_intermediate_size": 640,
+        "num_attention_heads": 20,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 32000,
+    }
 )
 
 
@@ -97,8 +99,8 @@ def test_where_there_is_no_small_it_costs_what_big_costs(tiny_model):
     part, full = tiny_model(small_layers=[1, 2]), tiny_model()
     tables = [
         (cost.weight_bytes(part), cost.weight_bytes(full)),
-        (cost.layer_parameters(part.args), cost.layer_parameters(full.args)),
-        (cost.flops(part.args, 10), cost.flops(full.args, 10)),
+        (cost.layer_parameters(part.config), cost.layer_parameters(full.config)),
+        (cost.flops(part.config, 10), cost.flops(full.config, 10)),
     ]
     for ours, everywhere in tables:
         assert ours.fixed == everywhere.fixed
@@ -114,7 +116,7 @@ def test_biases_of_small_are_bytes_of_small(tiny_model):
 
 
 def test_flops_grow_with_context_as_attention_does(tiny_model):
-    args = tiny_model().args
+    args = tiny_model().config
     routes = np.array([2, 1, 0, 2], np.uint8)
     short, long = (cost.flops(args, context).of(routes) for context in (10, 110))
     assert (

@@ -83,13 +83,13 @@ def test_a_prompt_takes_the_default_route_and_each_token_after_it_one_read(saved
     model, tokenizer = saved_ahead
     prompt, args = [3, 9, 14, 7, 21], model.config
     expected, cache = [], model.make_cache()
-    final = model.model(model.model.embed_tokens(mx.array([prompt[:-1]])), cache, conditional.plan(
-        args.default_pattern, 1, len(prompt) - 1, LAYERS, "auto"), "auto")[:, -1]  # fmt: skip
+    planned = conditional.plan(args.default_pattern, 1, len(prompt) - 1, LAYERS, "auto")
+    final = model.states(mx.array([prompt[:-1]]), cache, planned, "auto")[:, -1]
     token = prompt[-1]
     for _ in range(6):
-        h = model.model.embed_tokens(mx.array([[token]]))
-        routes = model.router().read(h[:, 0], final)
-        out = model.model(h, cache, conditional.plan(routes[:, None], 1, 1, LAYERS, "auto"), "auto")
+        inputs = mx.array([[token]])
+        routes = model.router().read(model.embedding(inputs)[:, 0], final)
+        out = model.states(inputs, cache, conditional.plan(routes[:, None], 1, 1, LAYERS, "auto"), "auto")
         final, token = out[:, -1], int(mx.argmax(model.head(out)[0, -1]))
         expected.append((token, routes[0].tolist()))
     before = conditional.host_reads()
@@ -140,11 +140,9 @@ def test_drafts_take_the_routes_foreseen_after_the_verified_text(made, length):
         done = rounds.run(history, length)
         assert done.drafted == (length if number else 0)
         history += done.tokens
-        h = model.model.embed_tokens(mx.array([history]))
-        final = model.model(
-            h[:, :-1], None, conditional.plan([2] * LAYERS, 1, len(history) - 1, LAYERS, "auto"), "auto"
-        )
-        expected = router.read(h[:, -1], final[:, -1])[0]
+        planned = conditional.plan([2] * LAYERS, 1, len(history) - 1, LAYERS, "auto")
+        final = model.states(mx.array([history[:-1]]), None, planned, "auto")
+        expected = router.read(model.embedding(mx.array(history[-1:])), final[:, -1])[0]
         np.testing.assert_array_equal(rounds.foreseen, expected)
         seen.append(format_pattern(expected))
     assert len(set(seen)) > 1

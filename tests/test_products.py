@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duo_mlx import _blas, products
+from duo_mlx import _blas
 from duo_mlx.bench.peer import primitives
+from duo_mlx.cpu import products
 
 AVX512 = _blas.Loaded("libopenblas.so.0", "SkylakeX", 1)
 WIDTH, OUTPUTS = 32, 4096  # four pieces for one token

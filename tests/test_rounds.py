@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from mlx_lm.sample_utils import make_logits_processors
 
-from duo_mlx import checkpoint, conditional, cost, llama_parts
+from duo_mlx import checkpoint, conditional, cost
+from duo_mlx.cpu import llama as llama_parts
 from duo_mlx.ffn import nbytes
 from duo_mlx.policies import FixedPolicy, ReplayPolicy, parse_route
 from duo_mlx.rounds import Rounds

@@ -242,7 +242,9 @@ def test_the_likeliest_stands_or_comes_instead():
 def chain():
     """A Duo whose next token depends on the last one alone, since attention gives nothing."""
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "small_intermediate_size": 8}
-    model = Model(ModelArgs(**shape, num_attention_heads=2, rms_norm_eps=1e-5, vocab_size=VOCABULARY))
+    model = Model(
+        ModelArgs.from_dict(shape | {"num_attention_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": VOCABULARY})
+    )
     random = np.random.default_rng(8)
     weights = [
         (name, mx.array(random.standard_normal(value.shape).astype(np.float32) * (0 if "o_proj" in name else 0.3)))
@@ -267,7 +269,7 @@ def test_tokens_follow_the_verifying_routes_distribution(
     chain, monkeypatch, sampling, draft, draft_tokens, biased, vocabulary
 ):
     """Each of a long text's tokens follows the one before as a pass of that one alone says."""
-    monkeypatch.setattr(chain, "args", replace(chain.args, draft_vocabulary=vocabulary))
+    monkeypatch.setattr(chain, "config", replace(chain.config, draft_vocabulary=vocabulary))
     mx.random.seed(3)
     verify, draft = (parse_route(spec, 2) for spec in ("BB", draft))
     processors = make_logits_processors(logit_bias={1: 1.0, 4: -1.0}) if biased else []

@@ -10,17 +10,18 @@ from duo_mlx.errors import DuoError
 
 
 def classes(config: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the Model and Config classes of a base's config.json.
+    """Return the Model and ModelArgs classes of a base's config.json.
 
     Raises:
         DuoError: neither this package nor mlx-lm has the architecture.
     """
     kind = config.get("model_type")
-    if kind == "llama" and config.get("layer_types") and "full_attention" not in config["layer_types"]:
-        kind = "mistral"  # whose layers may all see a window only
+    slides = set(config.get("layer_types") or ()) == {"sliding_attention"}
+    if kind in ("llama", "mistral") and slides:
+        kind = "sliding_llama"
     if isinstance(kind, str) and kind.isidentifier() and find_spec(f"{__name__}.{kind}"):
         module = import_module(f"{__name__}.{kind}")
-        return module.Model, module.Config
+        return module.Model, module.ModelArgs
     try:
         found: tuple[Any, Any] = _get_classes(config)
     except (ValueError, KeyError, AttributeError):

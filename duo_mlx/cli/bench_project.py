@@ -172,7 +172,7 @@ def _of_speculation(
     shapes = {f"{each}, {bits} bits": imagined(SHAPES[each], bits) for each in projected_speculation.large_shapes()}
     if vocabulary:
         for each in (model, *shapes.values()):
-            each.draft_from(min(vocabulary, each.args.vocab_size))
+            each.draft_from(min(vocabulary, each.config.vocab_size))
     return {
         "projection": (*ASSUMPTIONS, *projected_speculation.ASSUMPTIONS),
         "speculation": {

@@ -161,6 +161,10 @@ def _export(source: str, destination: Path, options: dict[str, Any], watch: "Wat
     if options["verify"]:
         require_torch()
     directory = checkpoint.resolve(source, options["revision"])
+    if options["verify"]:
+        from duo_mlx.convert import parity
+
+        parity.check_reference(checkpoint.read_config(directory))
 
     def verify(exported: Path) -> None:
         from duo_mlx.convert import parity

@@ -90,7 +90,7 @@ def command(
     loaded, tokenizer = load(model, revision=revision, lazy=True, fuse=True)
     for token in stop_tokens:
         _add_stop_token(tokenizer, token)
-    spec = route or loaded.args.default_route
+    spec = route or loaded.config.default_route
     policy = policy_of(loaded, spec, seed)
     drafted_by = None if speculate is None else draft_spec(loaded, speculate)
     draft = None if drafted_by is None else policy_of(loaded, drafted_by, seed)

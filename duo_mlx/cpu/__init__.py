@@ -16,7 +16,7 @@ def quicken(model: Any, fuse: bool = False) -> None:
         model: a Duo.
         fuse: also join products; from then on the weights must not be changed.
     """
-    if model.base_class is llama.BASE:
+    if issubclass(model.base_class, llama.BASE):
         llama.quicken(model)
         if fuse:
             llama.fuse(model)

@@ -91,7 +91,7 @@ class Linear(nn.Linear):
     replaces = nn.Linear
 
     def __call__(self, x: mx.array) -> mx.array:
-        return through(self, x) if few(x) else super().__call__(x)
+        return times(x, self.weight) if few(x) and "bias" not in self else super().__call__(x)
 
 
 TABLES: dict[type, type] = {nn.Embedding: Embedding, nn.Linear: Linear}
@@ -239,13 +239,18 @@ class MLP(llama.MLP):
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """What it gives ``x [..., hidden]``, added to the ``residual`` if there is one."""
         if not decodes(x):
-            out: mx.array = self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+            out: mx.array = super().__call__(x)
             return out if residual is None else residual + out
         if self._gate_up is None:
             inner = swiglu(through(self.gate_proj, x), through(self.up_proj, x))
         else:
             inner = swiglu(*mx.split(through(self._gate_up, x), 2, axis=-1))
         return onto(residual, self.down_proj, inner)
+
+    def by_powers(self, x: mx.array) -> mx.array:
+        """The same as a call, faster for many tokens; other in the last bits."""
+        out: mx.array = self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        return out
 
     def fuse(self) -> None:
         """Decode with one product for gate and up, where they are stored alike."""

@@ -93,7 +93,9 @@ def test_tokens_are_those_of_plain_decoding(tiny_model, done, pair, changes, con
             assert len(seconds) == sum(came) == tokens - 1 and came == [len(each.tokens) for _, _, each, _ in done]
             assert [layer.offset for layer in generator._cache] == [len(context) + len(prompt) + tokens - 1] * LAYERS
             first = len(context) + len(prompt)
-            routes = np.broadcast_to(model.config.realised(verify.routes(first, first + tokens - 1)), (1, tokens - 1, 4))
+            routes = np.broadcast_to(
+                model.config.realised(verify.routes(first, first + tokens - 1)), (1, tokens - 1, 4)
+            )
             np.testing.assert_array_equal(generator.routes(), routes.swapaxes(0, 1))
 
 

@@ -94,7 +94,7 @@ def test_fewer_tokens_to_draft_are_stored_with_the_pattern(model, text, tmp_path
     assert done.exit_code == 0, done.output
     config, found = json.loads((directory / "config.json").read_text()), json.loads(out.read_text())
     assert config["draft_vocabulary"] == found["draft_vocabulary"] == 20 and config["default_draft"] == found["best"]
-    assert checkpoint.load(directory)[0].args.draft_vocabulary == 20
+    assert checkpoint.load(directory)[0].config.draft_vocabulary == 20
     share = next(each["bytes"] for each in found["candidates"] if each["pattern"] == "ssss")
     whole = checkpoint.load(directory)[0]
     drafts, all_of_it = cost.draft_bytes(whole), cost.weight_bytes(whole)

@@ -6,9 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from duo_mlx import work
-from duo_mlx.config import ModelArgs
 from duo_mlx.bench import projected_speculation
 from duo_mlx.cli import main
+from duo_mlx.config import ModelArgs
 from duo_mlx.projection import ASSUMPTIONS, MIXES, SHAPES, machines, project
 from duo_mlx.routes import parse_pattern
 

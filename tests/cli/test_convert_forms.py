@@ -107,7 +107,7 @@ def test_an_export_that_is_wrong_is_not_written(saved, tmp_path, monkeypatch, in
 @pytest.mark.parametrize(
     ("source", "options", "line"),
     [
-        ("dense", (), "model_type is 'llama'; this package runs models of type 'duo'"),
+        ("dense", (), "model_type is 'llama', so it is a dense model, not a Duo"),
         ("file", (), "is a file; a model is a directory with config.json"),
         ("absent", (), "there is no such directory"),
         ("model", ("--revision", "v1"), "is no hub id (OWNER/NAME)"),

@@ -45,7 +45,7 @@ def test_drafts_learn_from_them(saved, text, tmp_path):
     command = f"train small {said} --model {directory} --out {drafts} {options}"
     done = CliRunner().invoke(main, command.split(), prog_name="duo-mlx")
     assert done.exit_code == 0, done.output
-    assert duo_mlx.load(drafts)[0].args.draft_vocabulary == 20
+    assert duo_mlx.load(drafts)[0].config.draft_vocabulary == 20
 
 
 def test_what_is_interrupted_is_kept(saved, text, tmp_path, monkeypatch):

@@ -151,9 +151,20 @@ def test_what_stands_in_the_way_is_said(dense, changes, problem):
     assert [line for line in result.stdout.splitlines() if line.startswith("problem")]
 
 
+def test_what_convert_would_refuse_is_found(dense):
+    directory = dense()
+    (directory / "tokenizer.json").unlink()
+    assert "holds neither a tokenizer.json nor" in describe(directory).problems[0]
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    found = describe(directory)
+    assert found.quantised == "awq" and "its weights are quantised (awq)" in found.problems[0]
+
+
 @pytest.mark.parametrize("names", ["llama", "fused"])
-def test_a_state_dict_in_other_names(saved, tmp_path, names):
+def test_a_state_dict_in_other_names(saved, write_tokenizer, tmp_path, names):
     directory, model = saved(mlp_bias=True)
+    write_tokenizer(tmp_path)
     export(directory, tmp_path / "duo.pt", names=names)
     alone = describe(tmp_path / "duo.pt")
     assert (alone.kind, alone.format, alone.key_map, alone.architecture) == ("Duo", "PyTorch", names, None)
@@ -205,7 +216,8 @@ def test_a_gguf_file(saved, llama_twin, tiny_config, tmp_path):
         "llama.attention.layer_norm_rms_epsilon": mx.array(1e-5),
         "llama.context_length": mx.array(64, mx.uint32),
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": ["a", "b"],
+        "tokenizer.ggml.tokens": ["a", "b", "ab"],
+        "tokenizer.ggml.merges": ["a b"],
         "tokenizer.chat_template": "{{ messages }}",
     }
     mx.save_gguf(str(tmp_path / "dense.gguf"), {name: value.load() for name, value in weights.items()}, metadata)
@@ -213,7 +225,7 @@ def test_a_gguf_file(saved, llama_twin, tiny_config, tmp_path):
     assert (found.kind, found.format, found.key_map, found.architecture) == ("dense", "GGUF", "gguf", "llama")
     assert (found.layers, found.hidden_size, found.attention_heads, found.key_value_heads) == (4, 16, 4, 2)
     assert (found.intermediate_size, found.vocab_size, found.tied_head) == (24, 32, True)
-    assert found.tokenizer == "in the GGUF file, gpt2, 2 entries, with a chat template"
+    assert found.tokenizer == "in the GGUF file, gpt2, 3 entries, with a chat template"
     assert found.problems == () and found.commands[0].endswith("dense.gguf DST --graft --calibrate TEXT")
 
 

@@ -8,9 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
 from duo_mlx import checkpoint
+from duo_mlx.cli import main
 from duo_mlx.convert import parity, stored
 from duo_mlx.convert.export import export
 from duo_mlx.convert.parity import Parity
@@ -226,3 +228,15 @@ def test_what_the_reference_cannot_do_is_said(saved, monkeypatch):
     monkeypatch.delitem(__import__("sys").modules, "duo_mlx.convert.reference")
     with pytest.raises(DuoError, match=r"--verify needs PyTorch: pip install 'duo-mlx\[torch\]'"):
         parity.measure(directory, config_of(directory), tensors(model))
+
+
+@pytest.mark.parametrize("what", ["convert", "quantise", "export"])
+def test_what_the_reference_lacks_is_refused_before_the_work(saved, monkeypatch, tmp_path, what):
+    window = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
+    directory, _ = saved(**window)
+    monkeypatch.setattr("duo_mlx.convert.directory.write_weights", lambda *_, **__: pytest.fail("it was written"))
+    monkeypatch.setattr("duo_mlx.convert.export.write_weights", lambda *_, **__: pytest.fail("it was written"))
+    options = {"convert": [], "quantise": ["--bits", "4"], "export": ["--to", "torch"]}[what]
+    arguments = ["convert", str(directory), str(tmp_path / "out"), "--verify", *options]
+    result = CliRunner().invoke(main, arguments, prog_name="duo-mlx")
+    assert result.exit_code == 2 and "--verify: the PyTorch reference knows no sliding_attention" in result.stderr

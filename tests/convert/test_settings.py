@@ -181,7 +181,6 @@ REFUSED = {
     "activation": ({"hidden_act": "gelu"}, "config.json says hidden_act 'gelu'; silu is supported"),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5; RoPE turns whole heads"),
     "partial 5": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor; RoPE turns whole"),
-    "sliced": ({"pretraining_tp": 2}, "pretraining_tp 2; 1 is supported"),
     "norms": ({"use_qk_norm": True}, "use_qk_norm True; there are no norms on q and k"),
     "experts": ({"num_local_experts": 8}, "num_local_experts 8; a mixture of experts"),
     "a Duo's activation": ({"model_type": "duo", "hidden_act": "relu"}, "hidden_act 'relu'"),
@@ -208,7 +207,7 @@ REFUSED = {
         "max_window_layers None; it must be a positive integer",
     ),
     "classes": ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
-    "gptq": ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised .gptq.; give one with"),
+    "gptq": ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised .gptq.; convert the model"),
     "awq": ({"model_type": "duo", "quantization_config": {"quant_method": "awq"}}, "quantised .awq."),
     "quantised": ({"quantization_config": 4}, "quantised .by an unknown method."),
 }

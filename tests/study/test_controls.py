@@ -101,14 +101,14 @@ def test_no_noise_is_all_big(noisy):
 @pytest.mark.parametrize("scale", [0.1, 2.0])
 def test_noise_has_the_size_of_what_it_is_added_to(monkeypatch, scale):
     states = mx.array([[[3.0] * 400, [-0.5] * 400]])
-    walk = SimpleNamespace(  # through a layer that gives the same, whatever comes in
-        model=SimpleNamespace(layers=[None]),
-        root=lambda: mx.zeros_like(states),
-        branches=lambda _, h: SimpleNamespace(take=lambda *_: mx.broadcast_to(states, h.shape)),
-        leaves=lambda h: np.array(mx.sqrt(mx.mean(mx.square(h - states), axis=-1))),
+    layers = SimpleNamespace(  # of which the one gives the same, whatever comes in
+        root=mx.zeros_like(states),
+        run=lambda _, h, __: mx.broadcast_to(states, h.shape),
+        logits=lambda h: h,
     )
-    monkeypatch.setattr(controls, "Text", lambda *_: walk)
-    model = SimpleNamespace(args=SimpleNamespace(num_hidden_layers=1))
+    monkeypatch.setattr(controls, "OpenLayers", lambda *_: layers)
+    monkeypatch.setattr(controls, "token_losses", lambda h, _: np.array(mx.sqrt(mx.mean(mx.square(h - states), -1))))
+    model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=1))
     found = controls.Noise(model, IDS[:2], IDS[:2], 2).losses(scale, 5, np.random.default_rng(0))
     np.testing.assert_allclose(found, np.tile([3.0 * scale, 0.5 * scale], (5, 1)), rtol=0.15)
 

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from duo_mlx.cpu import llama
 from duo_mlx.routes import Route
 from duo_mlx.study import tree
 from duo_mlx.study.oracle import Space
@@ -80,4 +81,4 @@ def test_gated_is_swiglu_at_any_size():
     gate = mx.array([-1e4, -200.0, -90.0, -12.0, -1.0, -0.0, 0.0, 0.5, 3.0, 60.0, 200.0, 1e4])
     exact = np.array(gate, np.float64)
     expected = exact * 0.7 / (1 + np.exp(np.minimum(-exact, 700)))
-    np.testing.assert_allclose(np.array(tree.gated(gate, mx.full(gate.shape, 0.7))), expected, 3e-6, 1e-6)
+    np.testing.assert_allclose(np.array(llama.gated(gate, mx.full(gate.shape, 0.7))), expected, 3e-6, 1e-6)

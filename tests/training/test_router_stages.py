@@ -169,7 +169,7 @@ def test_gumbel_takes_routes_as_often_as_they_are_likely(routed):
 
     def watch(model, tokens, choices, weigh):
         x = mx.array(RANDOM.standard_normal((1, 400, 16)).astype(np.float32))
-        taken.append(np.array(weigh(model.layers[0], x)[0]))
+        taken.append(np.array(weigh(model.ffns[0], x)[0]))
         likely.append(np.array(mx.softmax(model.router().logits(0, x), axis=-1)))
         return Passes.mixture(stage.passes, model, tokens, choices, weigh)
 
@@ -227,10 +227,9 @@ def test_what_gains_are_fitted_to(routed, target):
         routes, seen = drawn["routes"][:, which], []
 
         class Seeing(Recorder):
-            def decide(self, layer, h, norm, in_one_kernel=False, routes=routes, seen=seen):  # noqa: ARG002
-                x = norm(h)
+            def decide(self, layer, x, in_one_kernel=False, routes=routes, seen=seen):  # noqa: ARG002
                 seen.append(np.array(self.router.logits(layer, x)))
-                return x, mx.array(routes[..., layer])
+                return mx.array(routes[..., layer])
 
         logits = np.array(model(tokens, routes=Seeing(model.router()), strategy="dense"), np.float64)
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
