@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from duo_mlx import checkpoint
 from duo_mlx.config import Config
-from duo_mlx.convert import calibration, dense, guard, plan, settings
+from duo_mlx.convert import calibration, dense, guard, packing, plan
 from duo_mlx.convert.calibration import Calibration, Text
 from duo_mlx.convert.source import Source, open_source
 from duo_mlx.convert.tensors import Tensors, dtype_name
@@ -121,7 +121,7 @@ def convert(
 
         parity.check_reference(found.config | ({"small_intermediate_size": 1} if graft else {}))
     refuse_overlap(found.checkpoint.source, destination)
-    if bits is not None and bits.bits not in (None, FLOAT) and settings.is_quantised(found.config):
+    if bits is not None and bits.bits not in (None, FLOAT) and packing.is_quantised(found.config):
         raise DuoError(
             f"--bits: {source} is quantised, and big stays as it is stored; --small-bits alone is for small FFNs"
         )

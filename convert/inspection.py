@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from duo_mlx.config import Config
-from duo_mlx.convert import keymaps, plan, settings
+from duo_mlx.convert import keymaps, packing, plan, settings
 from duo_mlx.convert import source as sources
 from duo_mlx.convert.readers import gguf_header, open_checkpoint
 from duo_mlx.convert.readers.text import read_object
@@ -197,7 +197,7 @@ def _understood(checkpoint: Checkpoint, kind: str) -> tuple[Config | None, list[
 
 def _unsupported(checkpoint: Checkpoint) -> str | None:
     """What the configuration alone forbids, which says more than names that fit no key map."""
-    if not checkpoint.config or settings.is_quantised(checkpoint.config):
+    if not checkpoint.config or packing.is_quantised(checkpoint.config):
         return None
     try:
         settings.settings(checkpoint.config, checkpoint.source)
@@ -217,7 +217,7 @@ def _tokenizer_problems(checkpoint: Checkpoint, size: int) -> list[str]:
 
 
 def _quantised(config: Mapping[str, Any]) -> str | None:
-    if not settings.is_quantised(config):
+    if not packing.is_quantised(config):
         return settings.foreign_quantisation(config)
     said = config["quantization"]
     special = Counter(value["bits"] for value in said.values() if isinstance(value, dict) and "bits" in value)
@@ -227,7 +227,7 @@ def _quantised(config: Mapping[str, Any]) -> str | None:
 
 def _parameters(checkpoint: Checkpoint) -> int:
     """How many numbers the tensors stand for; scales and biases of a quantised module are none of them."""
-    if not settings.is_quantised(checkpoint.config):
+    if not packing.is_quantised(checkpoint.config):
         return sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
     said, total = checkpoint.config["quantization"], 0
     for name, tensor in checkpoint.tensors.items():

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 
 from duo_mlx import checkpoint, shards
-from duo_mlx.convert.settings import is_quantised
+from duo_mlx.convert.packing import is_quantised
 from duo_mlx.errors import DuoError
 from duo_mlx.files import writing
 from duo_mlx.model import Model

@@ -16,6 +16,7 @@ import mlx.core as mx
 from duo_mlx import bases
 from duo_mlx.config import HEADS, HIDDEN, LAYERS, Config
 from duo_mlx.convert import rope_settings
+from duo_mlx.convert.packing import quantization, theirs
 from duo_mlx.convert.readers.text import shown
 from duo_mlx.convert.rope_settings import LIKE_LLAMA
 from duo_mlx.convert.tensors import DTYPES, Tensor, Tensors
@@ -47,7 +48,6 @@ ALIASES = (
 )
 WINDOW = 4096  # of mistral where the key is not there
 ROUTER = re.compile(r"(?:(?!\.big\.).)+\.router\.")  # of a Duo, not of a base's experts
-PACKED = {"mxfp4": (32, 4), "mxfp8": (32, 8)}  # quant_method that MLX computes with as it is: group size and bits
 
 
 def is_duo(config: Mapping[str, Any]) -> bool:
@@ -55,35 +55,13 @@ def is_duo(config: Mapping[str, Any]) -> bool:
     return config.get("small_intermediate_size") is not None or config.get("model_type") == "duo"
 
 
-def is_quantised(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of weights that MLX quantised."""
-    return isinstance(config.get("quantization"), dict)
-
-
-def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How weights are packed that MLX computes with as they are stored; None: they are in float."""
-    if is_quantised(config):
-        return dict(config["quantization"])
-    theirs = _theirs(config)
-    if isinstance(theirs, dict) and theirs.get("quant_method") in PACKED:
-        group_size, bits = PACKED[theirs["quant_method"]]
-        return {"group_size": group_size, "bits": bits, "mode": theirs["quant_method"]}
-    return None
-
-
 def foreign_quantisation(config: Mapping[str, Any]) -> str | None:
     """By which method weights are quantised that MLX does not compute with, such as gptq; None: they are not."""
-    theirs = _theirs(config)
-    if theirs is None or quantization(config) is not None:
+    said = theirs(config)
+    if said is None or quantization(config) is not None:
         return None
-    method = theirs.get("quant_method") if isinstance(theirs, dict) else None
+    method = said.get("quant_method") if isinstance(said, dict) else None
     return shown(method) if method else "by an unknown method"
-
-
-def _theirs(config: Mapping[str, Any]) -> Any:
-    """What transformers says of how weights are quantised."""
-    inner = config.get("text_config")
-    return config.get("quantization_config") or (inner.get("quantization_config") if isinstance(inner, dict) else None)
 
 
 def base_type(config: Mapping[str, Any], source: Path) -> str:

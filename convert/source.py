@@ -11,7 +11,7 @@ from typing import Any
 
 from duo_mlx import shards
 from duo_mlx.config import Config
-from duo_mlx.convert import dense, keymaps, plan, readers, settings
+from duo_mlx.convert import dense, keymaps, packing, plan, readers, settings
 from duo_mlx.convert.readers.text import shown
 from duo_mlx.convert.rope_settings import LIKE_LLAMA
 from duo_mlx.convert.sanitised import sanitised
@@ -62,7 +62,7 @@ class Source:
         Raises:
             DuoError: a tensor is of a type that is not written; `MisfitError`: tensors do not fit the configuration.
         """
-        kinds = tuple(shards.TYPES) if settings.is_quantised(self.config) else DTYPES
+        kinds = tuple(shards.TYPES) if packing.is_quantised(self.config) else DTYPES
         for name, tensor in self.tensors.items():
             if tensor.dtype not in kinds:
                 raise DuoError(
@@ -127,7 +127,7 @@ def _open(
     mapped = plan.kept(mapped, made.get("tie_word_embeddings") is True)
     model = dense.empty(Config.from_dict(made))
     tensors = in_duo(model, mapped, name, sanitise="model_file" not in checkpoint.config)
-    if settings.is_quantised(made):
+    if packing.is_quantised(made):
         if not settings.is_duo(checkpoint.config):
             how = made["quantization"].items()
             made["quantization"] = {
@@ -172,13 +172,15 @@ def in_duo(model: Model, tensors: Tensors, source: Path, sanitise: bool = True) 
             own.append((match[1], f"{match[2]}.{match[3]}", tensor))
     if not any(name.startswith(WRAPPED) for name in plan.shapes_of(model)):
         theirs = {name.removeprefix(WRAPPED): tensor for name, tensor in theirs.items()}
-    found = {model.big_name(name): tensor for name, tensor in sanitised(model, theirs, source).items()}
+    found: dict[str, Tensor] = {}
     renamed: dict[str, str] = {}  # what the FFNs are called there, and here
-    for name, tensor in found.items():
+    for name, tensor in sanitised(model, theirs, source).items():
         there = big_of.get(tensor.name.partition(" + ")[0])
         here = next((path for path in model.ffn_paths if name.startswith(f"{path}.")), None)
         if there is not None and here is not None:
             renamed[there] = here
+        unknown = there is not None and here is None and name.startswith(f"{there}.")
+        found[f"{there}.big{name.removeprefix(str(there))}" if unknown else model.big_name(name)] = tensor
     return found | {f"{renamed.get(ffn, ffn)}.{rest}": tensor for ffn, rest, tensor in own}
 
 
@@ -218,7 +220,7 @@ def _check_kind(config: Mapping[str, Any], tensors: Tensors, source: Path, graft
 
 
 def _refuse_quantised(config: Mapping[str, Any], source: Path, dtype: str | None) -> None:
-    if settings.quantization(config) is None:
+    if packing.quantization(config) is None:
         return
     if settings.is_duo(config):
         raise DuoError(

@@ -61,6 +61,8 @@ class Model(nn.Module):
     def __init__(self, config: Config):
         self.kind = config.base["model_type"]
         super().__init__(_base_args(config))  # type: ignore[call-arg]
+        if "config" in vars(self):
+            vars(config)["of_base"] = vars(self)["config"]
         self.config = config
         try:
             self._host()
@@ -124,7 +126,7 @@ class Model(nn.Module):
         given = inputs if input_embeddings is None else input_embeddings
         rest = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
         with self.opened(given.shape[0], given.shape[1], routes, strategy, **hooks):
-            logits: mx.array = super().__call__(inputs, cache, **rest)
+            logits: mx.array = super().__call__(inputs, cache=cache, **rest)
         return logits
 
     @contextmanager
@@ -173,7 +175,7 @@ class Model(nn.Module):
         stop = layers if stop is None else stop
         if start == 0 and stop == layers and hidden is None:
             with self.carried_out(entries, strategy, memo=memo):
-                out: mx.array = self.trunk(inputs, cache)
+                out: mx.array = self.trunk(inputs, cache=cache)
             return out
         if cache is not None and start:
             cache = _of_running(cache, start)
@@ -187,7 +189,7 @@ class Model(nn.Module):
             return run(h) if start <= index < stop else h
 
         with self.carried_out(entries, strategy, on_block=some, memo=memo):
-            out = self.trunk(inputs, cache)
+            out = self.trunk(inputs, cache=cache)
         return left[0] if left else out
 
     def head(self, final: mx.array) -> mx.array:
@@ -235,10 +237,10 @@ class Model(nn.Module):
     @property
     def embedding(self) -> nn.Module:
         """The vocabulary's table at the beginning."""
-        for module in self.trunk.children().values():
-            if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-                found: nn.Module = module
-                return found
+        for module in self.modules():
+            table = isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+            if table and module.weight.shape[0] == self.config.vocab_size:
+                return module
         raise DuoError(f"the trunk of a {self.kind} has no embedding")
 
     def router(self, offsets: mx.array | None = None) -> LinearRouter | LookAhead:

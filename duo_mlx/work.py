@@ -159,7 +159,7 @@ def _layer(layer: Layer, strategy: str, router: int) -> tuple[int, int, int]:
     if layer.skips_attention:  # attention has run before anybody knows; what it gave a token that skips is dropped
         attention += compare + select + fill
     if strategy == "fused":
-        return (attention + 3,) * 3  # norm and router; gate, up and SwiGLU; down and add
+        return (attention + norm + 1 + 2 + add,) * 3  # the router; gate, up and activation, and down
     before = attention + norm + router
     if strategy == "sorted":
         group = sort + 2 * (compare + add) + 2 * write + sort  # counts of skip and small, written to one array

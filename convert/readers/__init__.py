@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from duo_mlx.convert import stored
+from duo_mlx.convert.packing import quantization
 from duo_mlx.convert.readers.local import open_local
 from duo_mlx.convert.readers.text import is_file, read_object
-from duo_mlx.convert.settings import quantization
 from duo_mlx.convert.tensors import Checkpoint
 from duo_mlx.errors import DuoError
 
