@@ -57,7 +57,7 @@ class Config:
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise DuoError(f"config.json: {name} is {value!r}; it must be a positive integer")
         layers, width = self.num_hidden_layers, self.small_intermediate_size
-        if type(width) is not int or width < (self.small_layers != ()):
+        if type(width) is not int or width < (self.small_layers is None or bool(self.small_layers)):
             raise DuoError(f"config.json: small_intermediate_size is {width!r}; it must be a positive integer")
         if self.skip_scope not in ("ffn", "layer"):
             raise DuoError(f"config.json: skip_scope is {self.skip_scope!r}; it must be 'ffn' or 'layer'")
@@ -122,16 +122,11 @@ class Config:
         prefixes = ROUTING if config.get("base_model_type", "llama") == "llama" else OWN
         if unknown := sorted(key for key in config if key.startswith(prefixes) and key not in known):
             raise DuoError(f"config.json has routing keys that are not known: {', '.join(unknown)}")
-<<<<<<< HEAD
         ours = known | set(NAMING)
-        base = {key: value for key, value in config.items() if key not in ours and value is not None}
-=======
-        ours = known | {"base_model_type", "model_file"}
         base = {key: value for key, value in config.items() if key not in ours}
->>>>>>> 8374117
         base["model_type"] = config.get("base_model_type", "llama")  # directories of version 0.1 are all Llamas
         missing = [names[0] for names in (HIDDEN, LAYERS, ("vocab_size",)) if _first(base, names) is None]
-        if config.get("small_intermediate_size") is None and config.get("small_layers") != []:
+        if config.get("small_intermediate_size") is None and config.get("small_layers") not in ([], ()):
             missing.append("small_intermediate_size")
         if missing:
             raise DuoError(f"config.json lacks {', '.join(sorted(missing))}")
