@@ -75,6 +75,8 @@ def base_type(config: Mapping[str, Any], source: Path) -> str:
         bases.classes({**config, "model_type": kind})
     except DuoError as error:
         raise DuoError(f"{source}: {error}") from None
+    except TypeError:  # mlx-lm looks for the architectures in a table
+        raise DuoError(f"{source}: config.json: architectures must be a list of names") from None
     return kind
 
 

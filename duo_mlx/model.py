@@ -13,6 +13,7 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 from numpy.typing import NDArray
 
@@ -266,7 +267,11 @@ class Model(nn.Module):
         """The float type of hidden states."""
         table = self.embedding
         found: mx.Dtype = (table.scales if "scales" in table else table.weight).dtype
-        return found
+        if mx.issubdtype(found, mx.floating):
+            return found
+        # scales of eight bits, as mxfp4 has them, say nothing; norms stay in float
+        floats = (value.dtype for _, value in tree_flatten(self.parameters()))
+        return next(dtype for dtype in floats if mx.issubdtype(dtype, mx.floating))
 
     @cached_property
     def ffn_paths(self) -> tuple[str, ...]:

@@ -217,7 +217,7 @@ REFUSED = {
     "rope type": ({"rope_scaling": {"type": 5}}, "RoPE of type '5'; supported are"),
     "window": ({"model_type": "mistral", "sliding_window": "5", "num_hidden_layers": 2}, "sliding_window '5'; it must"),
     "layers": ({"model_type": "mistral", "num_hidden_layers": None}, "num_hidden_layers None; it must be a positive"),
-    "classes": ({"architectures": [["LlamaForCausalLM"]]}, "has no architecture"),
+    "classes": ({"architectures": [["LlamaForCausalLM"]]}, "architectures must be a list of names"),
     "gptq": ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised .gptq.; convert the model"),
     "awq": ({"model_type": "duo", "quantization_config": {"quant_method": "awq"}}, "quantised .awq."),
     "quantised": ({"quantization_config": 4}, "quantised .by an unknown method."),
