@@ -203,9 +203,10 @@ class _Job:
         tensors, config = self.source.tensors, self.source.config
         write_weights(directory, tensors, allow_nonfinite=self.allow_nonfinite, progress=self.watch.stage("writing"))
         checkpoint.save_config(directory, config)
+        guard.check(directory, self.source.stock, Config.from_dict(self.source.config).base)
         if ids and self.graft:
             config = self._graft(directory, ids)
-        guard.check(directory, self.source.stock, Config.from_dict(self.source.config).base)
+            checkpoint.read_model(directory)  # which has a guard of its own
         if ids is not None and ids.windows is not None:
             best = calibration.measure(directory, ids.windows, self.texts, self._measured)
             checkpoint.save_config(directory, config | {"best_patterns": best})

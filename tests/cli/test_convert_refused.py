@@ -57,8 +57,6 @@ def kind_of(dense, saved, kind):
             config |= {"model_type": "bert"}
         case "another activation":
             config |= {"hidden_act": "gelu"}
-        case "quantised":
-            config |= {"quantization": {"bits": 4, "group_size": 64}}
         case "quantised by others":
             config |= {"quantization_config": {"quant_method": "gptq"}}
     (directory / "config.json").write_text(json.dumps(config))
@@ -78,7 +76,6 @@ def kind_of(dense, saved, kind):
             ("--graft",),
             "config.json says hidden_act 'gelu'; mlx-lm's llama does not read that key",
         ),
-        ("quantised", ("--graft",), "but its weights are in float"),
         ("quantised by others", ("--graft",), "its weights are quantised (gptq)"),
         ("dense", ("--graft", "--small-layers", "1-4"), "there is no layer 4; "),
         ("dense", ("--graft", "--small-ratio", "2000"), "--small-ratio: no neuron would be left"),

@@ -196,6 +196,7 @@ def test_big_stays_byte_for_byte_what_mlx_lm_quantised(quantised, grafted, recip
     for name, value in theirs.items():
         found = ours[name.replace(".mlp.", ".mlp.big.")]
         assert found.dtype == value.dtype and mx.array_equal(found, value).item(), name
+    assert {ours[name].dtype for name in ours if ".small." in name} <= {mx.float32, mx.uint32}
     assert ("model.layers.0.mlp.small.up_proj.scales" in ours) is (small_bits is not None)
     assert sum(".small." not in name for name in ours) == len(theirs)
     model, tokens = checkpoint.read_model(duo), mx.array([[3, 9, 4, 20]])
@@ -218,7 +219,7 @@ def test_what_sanitize_computes_is_computed_when_it_is_loaded(source, kind):
     found = open_source(directory, graft=True)
     made = [tensor for tensor in found.tensors.values() if tensor.pieces is None]
     assert made and len(made) < len(found.tensors)
-    for name, tensor in found.tensors.items():
+    for tensor in found.tensors.values():
         value = tensor.load()
         assert value.shape == tensor.shape and value.dtype == getattr(mx, tensor.dtype)
     if kind == "gpt2":
