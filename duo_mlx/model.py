@@ -270,8 +270,8 @@ class Model(nn.Module):
         if mx.issubdtype(found, mx.floating):
             return found
         # scales of eight bits, as mxfp4 has them, say nothing; norms stay in float
-        floats = (value.dtype for _, value in tree_flatten(self.parameters()))
-        return next(dtype for dtype in floats if mx.issubdtype(dtype, mx.floating))
+        weights = dict(tree_flatten(self.parameters())).values()
+        return next(value.dtype for value in weights if mx.issubdtype(value.dtype, mx.floating))
 
     @cached_property
     def ffn_paths(self) -> tuple[str, ...]:
