@@ -1,7 +1,7 @@
 """``--verify``: a model directory's logits beside another implementation's, on the same tokens and routes.
 
 The other one is the PyTorch reference with the source's weights, with an export's, or with what a quantised directory's
-weights stand for; or, for a dense model and the Duo that it became, mlx-lm's llama. Both sides compute in float32.
+weights stand for; or, for a dense model and the Duo that it became, mlx-lm's own model. Both sides compute in float32.
 
 In models with large activations (a grafted SmolLM2 is one) float32 alone costs some logits up to a hundred times the
 tolerance, in PyTorch as in MLX: both are as far from the reference in double precision as from each other. There the
@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm import utils as mlx_lm_utils
-from mlx_lm.models import llama
 from numpy.typing import NDArray
 
-from duo_mlx import checkpoint
+from duo_mlx import checkpoint, guard, hosting
 from duo_mlx.config import Config
 from duo_mlx.convert import stored
 from duo_mlx.convert.keymaps import named
@@ -140,35 +139,16 @@ def measure_export(
     return measure(directory, config, weights, batch, tokens, seed, rounded=True)
 
 
-def measure_dense(
-    directory: Path, dense_weights: Tensors, config: dict[str, Any], batch: int = 2, tokens: int = 64, seed: int = 0
-) -> list[Parity]:
-    """A Duo directory with all routes big and the dense model that it came from, run by mlx-lm's llama.
+def measure_dense(directory: Path, batch: int = 2, tokens: int = 64, seed: int = 0) -> list[Parity]:
+    """A Duo directory with all routes big and mlx-lm's own model of the base with the same weights.
 
     Args:
         directory: the model directory.
-        dense_weights: by canonical names, ``model.layers.N.mlp.gate_proj.weight`` and so on.
-        config: the dense model's, with Llama's keys.
         batch, tokens, seed: as for `measure`.
-
-    Raises:
-        DuoError: weights and configuration disagree.
     """
-    config = config | {"model_type": "llama"}
-    if config.get("layer_types") and "full_attention" not in config["layer_types"]:
-        # mlx-lm's llama cannot be made without a layer of full attention; within the window there is no difference
-        tokens = min(tokens, config["sliding_window"])
-        config |= {"layer_types": None, "sliding_window": None}
-    try:
-        dense = llama.Model(llama.ModelArgs.from_dict(config))
-        loaded = {name: tensor.load().astype(mx.float32) for name, tensor in dense_weights.items()}
-        dense.load_weights(list(dense.sanitize(loaded).items()))
-    except (ValueError, TypeError, KeyError) as error:
-        raise DuoError(f"--verify: the dense model cannot be made: {' '.join(str(error).split())}") from error
     model = _model(directory)
-    inputs = _inputs(model.config, batch, tokens, seed)
-    theirs = np.array(dense(mx.array(inputs)))
-    ours = np.array(model(mx.array(inputs), routes=parse_pattern("big", model.config.num_hidden_layers)))
+    inputs = mx.array(_inputs(model.config, batch, tokens, seed))
+    theirs, ours = np.array(hosting.without(model)(inputs)), np.array(guard.all_big(model, inputs))
     return [compare("big", theirs, ours)]
 
 
@@ -211,9 +191,9 @@ def _model(directory: Path, rounded: bool = False) -> Model:
     return model
 
 
-def _inputs(args: Config, batch: int, tokens: int, seed: int) -> NDArray[np.int64]:
-    tokens = min(tokens, args.max_position_embeddings or tokens)
-    return np.random.default_rng(seed).integers(0, args.vocab_size, (batch, tokens))
+def _inputs(config: Config, batch: int, tokens: int, seed: int) -> NDArray[np.int64]:
+    tokens = min(tokens, config.max_position_embeddings or tokens)
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, tokens))
 
 
 def check_reference(config: dict[str, Any]) -> "DuoConfig":

@@ -65,8 +65,9 @@ def command(context: click.Context, /, source: str, destination: Path, **options
 
     SRC is a directory with config.json, weights and tokenizer files, a weights file (.safetensors, .pt, .pth, .bin,
     .gguf), an index of shards, or a Hugging Face id (OWNER/NAME, OWNER/NAME:FILE). It holds a Duo model, or with
-    --graft a dense one: llama, mistral or qwen2. `duo-mlx convert inspect PATH` says what a checkpoint is. DST is what
-    `duo-mlx generate --model` and mlx-lm load; with --to torch a .pt, .pth or .bin file, or a directory of safetensors.
+    --graft a dense one that mlx-lm runs, in float or quantised by MLX. `duo-mlx convert inspect PATH` says what a
+    checkpoint is. DST is what `duo-mlx generate --model` and mlx-lm load; with --to torch a .pt, .pth or .bin file, or
+    a directory of safetensors.
 
     Texts of --calibrate are what --graft fits small FFNs to. Their last tokens are set aside: on them the best fixed
     patterns are measured, which `--route budget:K` picks from. Without --graft they are all for that. A graft that was
