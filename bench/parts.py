@@ -12,7 +12,7 @@ so it stands under graph.
 """
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,32 @@ from duo_mlx.bench.peer import PATTERNS, Decoder, base_twin, check_context, deco
 from duo_mlx.bench.prefill import CLOCKS
 from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.system import system_record
-from duo_mlx.model import Layer, Model
+from duo_mlx.model import Model
+from duo_mlx.open_layers import OpenLayers
 from duo_mlx.router import LinearRouter
 
 Build = Callable[[], mx.array]  # makes the unevaluated array that a part ends in
 
-ALWAYS = ("embedding", "attention", "norms", "head", "sampling")  # in every step of a Duo
+ALWAYS = (
+    "embedding",
+    "attention",
+    "head",
+    "sampling",
+)  # in every step of a Duo; a layer's norms and additions are with its attention
 FFNS = {"all-big": ("big",), "all-small": ("small",), "all-skip": ()}
 
 
-def chain(x: mx.array, layers: Iterable[Layer], part: Callable[[Layer, mx.array], mx.array]) -> mx.array:
+def chain(x: mx.array, count: int, part: Callable[[int, mx.array], mx.array]) -> mx.array:
     """``part`` of every layer on the same ``x``, each after the one before."""
-    for layer in layers:
-        x = mx.depends([x], [part(layer, x)])[0]
+    for index in range(count):
+        x = mx.depends([x], [part(index, x)])[0]
     return x
+
+
+def _nothing(_: Any, x: mx.array) -> mx.array:
+    """An FFN that gives zeros, and needs its input all the same."""
+    nothing: list[mx.array] = mx.depends([mx.zeros_like(x)], [x])
+    return nothing[0]
 
 
 def sample(logits: mx.array) -> mx.array:
@@ -54,38 +66,31 @@ def sample(logits: mx.array) -> mx.array:
 
 def parts(model: Model, cache: list[Any]) -> dict[str, Build]:
     """What builds each part of a decoding step after what ``cache`` holds."""
-    x = mx.random.normal((1, model.config.hidden_size), model.dtype)  # as a single token passes
-    logits = mx.random.normal((1, 1, model.config.vocab_size), x.dtype)
-    mx.eval(x, logits)
-
-    def attention() -> mx.array:
-        rotate = model.layers[0].self_attn.rotation(1, cache[0])
-        caches = iter(cache)
-        return chain(x, model.layers, lambda layer, x: layer.self_attn(x, None, next(caches), rotate))
-
-    def norms() -> mx.array:
-        between = chain(x, model.layers, lambda layer, x: layer.post_attention_layernorm(layer.input_layernorm(x)))
-        return model.model.norm(between)
+    layers, ffns = OpenLayers(model, mx.array([[1]]), cache), model.ffns
+    x = mx.random.normal(layers.root.shape, model.dtype)
+    row = mx.random.normal((1, model.config.hidden_size), model.dtype)  # as an FFN meets a single token
+    logits = mx.random.normal((1, 1, model.config.vocab_size), model.dtype)
+    mx.eval(x, row, logits)
+    count = len(ffns)
 
     built = {
         "embedding": lambda: model.embedding(mx.array([[1]])),
-        "attention": attention,
-        "norms": norms,
-        "big": lambda: chain(x, model.layers, lambda layer, x: layer.mlp.big(x)),
-        "small": lambda: chain(x, model.layers, lambda layer, x: layer.mlp.small(x)),
+        "attention": lambda: chain(x, count, lambda index, x: layers.open(index, x, _nothing)),
+        "big": lambda: chain(row, count, lambda index, x: ffns[index].big(x)),
+        "small": lambda: chain(row, count, lambda index, x: ffns[index].small(x)),
         "head": lambda: model.head(x),
         "sampling": lambda: sample(logits),
     }
     router = model.router() if model.config.router_choices else None
     if isinstance(router, LinearRouter):  # one that looks ahead is asked before the pass, not by its layers
 
-        def read(layer: Layer, x: mx.array) -> mx.array:
-            route = router.routes(layer.index, x)
+        def read(index: int, x: mx.array) -> mx.array:
+            route = router.routes(index, x)
             np.array(route)
             return route
 
-        built["router"] = lambda: chain(x, model.layers, lambda layer, x: router.routes(layer.index, x))
-        built["router, read by the host"] = lambda: chain(x, model.layers, read)
+        built["router"] = lambda: chain(row, count, router.routes)
+        built["router, read by the host"] = lambda: chain(row, count, read)
     return built
 
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from duo_mlx import checkpoint
+from duo_mlx.device import on_cpu
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
 
@@ -56,7 +57,10 @@ class Subject:
             model, _ = checkpoint.load(self._directory)
             if quantisation != self.stored:
                 self._quantise(model, _bits(quantisation))
-            model.fuse()
+            if on_cpu():
+                from duo_mlx import cpu
+
+                cpu.quicken(model, fuse=True)
             mx.eval(model.parameters())
             self._model, self._now = model, quantisation
         return self._model
