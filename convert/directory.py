@@ -234,14 +234,14 @@ class _Job:
         Raises:
             MisfitError: the graft made something else than a Duo.
         """
+        from duo_mlx.convert.dense import host
         from duo_mlx.convert.graft import graft as make_small
 
         assert self.graft is not None
         source, progress = self.source, self.watch.stage("grafting")
-        smalls, extra = make_small(
-            source.tensors, source.config, self.graft, ids.graft, self.state, progress, self.watch.note
-        )
-        tensors = as_big(self.source.tensors)
+        tensors = as_big(source.tensors)
+        model = host(tensors, source.config | {"small_layers": []})
+        smalls, extra = make_small(model, ids.graft, self.graft, self.state, progress, self.watch.note)
         for name, tensor in smalls.items():
             beside = tensors[name.replace(".small.", ".big.").removesuffix("bias").removesuffix("weight") + "weight"]
             tensors[name] = tensor.astype(beside.dtype)
