@@ -4,9 +4,9 @@ Least squares on hidden states as they are go wrong in two ways. A window's firs
 activations a hundred times the others', whose scale hardly matters and whose presence does; and the channels of the
 loudest variance are not those that the rest of the model listens to.
 
-- A token's error counts relative to the size of its own state, and by how much it changes what the next layer gives:
-  much of what a layer gives its tokens has come from a sink. Random changes of the layer's output, of the relative size
-  that counts, tell how much is heard of each token.
+- A token's error counts relative to the size of its own state, and by how much it changes what the next layer's
+  attention gives to all tokens: a sink is heard by most of those after it. Random changes of attention's output, of the
+  relative size that counts, tell how much is heard of each token.
 - The channels' metric is the Fisher information: the second moments of the gradient, by the FFN's output, of the
   log-probability of a token drawn from the model's own prediction.
 """
@@ -37,7 +37,8 @@ def token_weights(layers: Layers, index: int, states: mx.array) -> mx.array:
     if index == len(layers):
         return 1 / size
     signs = 1 - 2 * mx.random.bernoulli(0.5, states.shape, key=mx.random.key(index))
-    _, (heard,) = mx.vjp(lambda h: layers.run(index, h), [states], [signs / size])
+    nothing = mx.zeros_like(states)
+    _, (heard,) = mx.vjp(lambda h: layers.give(index, h, nothing), [states], [signs / size])
     return mx.sqrt(mx.square(heard).mean(axis=-1, keepdims=True))
 
 
