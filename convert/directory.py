@@ -240,7 +240,7 @@ class _Job:
         assert self.graft is not None
         source, progress = self.source, self.watch.stage("grafting")
         tensors = as_big(source.tensors)
-        model = host(tensors, source.config | {"small_layers": ()})
+        model = host(tensors, source.config | {"small_layers": [], "small_intermediate_size": 1})
         smalls, extra = make_small(model, ids.graft, self.graft, self.state, progress, self.watch.note)
         for name, tensor in smalls.items():
             beside = tensors[name.replace(".small.", ".big.").removesuffix("bias").removesuffix("weight") + "weight"]
