@@ -24,11 +24,12 @@ from duo_mlx.bench.variants import Case, Check, Clock, Plan
 from duo_mlx.kernels import launch, selfcheck, verdicts
 from duo_mlx.kernels.verdicts import Verdict
 from duo_mlx.model import Model
+from duo_mlx.routes import FEW
 
 SITUATIONS = (
-    ("host", "few", auto.FEW, f"host knows routes that differ, {auto.FEW} tokens"),
+    ("host", "few", FEW, f"host knows routes that differ, {FEW} tokens"),
     ("device", "one", 1, "device knows the route, 1 token"),
-    ("device", "few", auto.FEW, f"device knows the routes, {auto.FEW} tokens"),
+    ("device", "few", FEW, f"device knows the routes, {FEW} tokens"),
     ("device", "many", 512, "device knows the routes, 512 tokens"),
 )
 

@@ -144,7 +144,7 @@ def large_shapes() -> list[str]:
 
 def parameters(args: Config) -> int:
     """Of a model without its small FFNs and norms."""
-    embeddings = args.hidden_size * args.vocab_size * (1 if args.tie_word_embeddings else 2)
+    embeddings = args.hidden_size * args.vocab_size * (1 if args.base.get("tie_word_embeddings", True) else 2)
     return embeddings + int(cost.layer_parameters(args).by_route[:, 2].sum())
 
 

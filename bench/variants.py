@@ -1,21 +1,24 @@
 """Variants of the kernels: FFNs to run them on, made ones or a model's, and what each does there.
 
-A variant is a strategy, a storage format, a dtype and a number of tokens. One that the kernels refuse is not launched;
-any other is compared with the modules by `duo_mlx.kernels.selfcheck` and timed against `planned`.
+A variant is a strategy, a form of FFN, a storage format, a dtype and a number of tokens. One that the kernels refuse
+is not launched; any other is compared with the modules by `duo_mlx.kernels.selfcheck` and timed against `planned`.
 """
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
+from mlx_lm.models import gemma2, nemotron
 
-from duo_mlx import conditional, masked
+from duo_mlx import masked
 from duo_mlx.bench.interleave import interleave
 from duo_mlx.ffn import DuoFFN, FFNs, GatedFFN, nbytes
+from duo_mlx.forms import Form, form
 from duo_mlx.kernels import fused, selfcheck
 from duo_mlx.kernels.verdicts import Verdict
 from duo_mlx.model import Model
@@ -29,7 +32,10 @@ Clock = Callable[[], float]  # s
 
 @dataclass(frozen=True)
 class Shape:
-    """FFNs to make: values in and out, inner widths (small 0: small is big), group of quantised weights (0: none)."""
+    """FFNs to make: values in and out, inner widths (small 0: small is big), group of quantised weights (0: none).
+
+    ``of`` names the model of mlx-lm whose FFN big and small are, one of `OF`.
+    """
 
     hidden: int
     big: int
@@ -37,9 +43,19 @@ class Shape:
     group: int
     biases: bool = False
     timed: bool = False
+    of: str = "llama"
 
     def __str__(self) -> str:
         return f"{self.hidden}/{self.big}/{self.small or self.big}"
+
+
+# FFNs of other forms than Llama's, by hidden and inner width
+OF: dict[str, Callable[[int, int], nn.Module]] = {
+    "gemma2": gemma2.MLP,  # gated, gelu_tanh
+    "nemotron": lambda hidden, width: nemotron.MLP(
+        SimpleNamespace(hidden_size=hidden, intermediate_size=width, mlp_bias=False)
+    ),  # two matrices, relu2
+}
 
 
 SHAPES = (
@@ -49,6 +65,8 @@ SHAPES = (
     Shape(576, 1536, 0, 64),
     Shape(1024, 2816, 128, 128),
     Shape(2048, 8192, 512, 64, timed=True),  # Llama-3.2-1B
+    Shape(640, 2048, 128, 64, of="gemma2"),
+    Shape(768, 3072, 0, 64, of="nemotron"),
 )
 ROUTER_CHOICES = (2, 3)
 
@@ -75,16 +93,31 @@ class Case:
     timed: bool
 
     @property
+    def hidden(self) -> int:
+        """Values in and out, 0 if the form of both modules is unknown."""
+        return next((found.down.weight.shape[0] for _, found in self._forms() if found), 0)
+
+    @property
     def shape(self) -> str:
-        ffns = self.layers[0]
-        widths = [module.gate_proj.weight.shape[0] for module in (ffns.big, ffns.small)]
-        return "/".join(map(str, (ffns.big.down_proj.weight.shape[0], *widths)))
+        """Values in and out and inner widths, such as ``576/1536/96``; the class of a module of unknown form."""
+        forms = self._forms()
+        widths = [found.up.weight.shape[0] if found else type(module).__name__ for module, found in forms]
+        return "/".join(map(str, (*([self.hidden] if self.hidden else []), *widths)))
 
     @property
     def weights(self) -> str:
-        """How big and small are stored: ``float``, ``4-bit``, or ``4-bit/float``."""
-        linears = [module.down_proj for module in (self.layers[0].big, self.layers[0].small)]
-        return "/".join(dict.fromkeys(f"{linear.bits}-bit" if "scales" in linear else "float" for linear in linears))
+        """How big and small are stored: ``float``, ``4-bit``, or ``4-bit/float``; with a form that is not SwiGLU."""
+        stored = []
+        for _, found in self._forms():
+            if found is None:
+                stored.append("unknown")
+                continue
+            bits = f"{found.down.bits}-bit" if "scales" in found.down else "float"
+            stored.append(bits if str(found) == "gated silu" else f"{bits} {found}")
+        return "/".join(dict.fromkeys(stored))
+
+    def _forms(self) -> list[tuple[nn.Module, Form | None]]:
+        return [(module, form(module)) for module in (self.layers[0].big, self.layers[0].small)]
 
 
 @dataclass(frozen=True)
@@ -124,8 +157,14 @@ def made(plan: Plan) -> Iterator[tuple[Case, int]]:
 
 def make(shape: Shape, bits: int, dtype: mx.Dtype, seed: int = 0) -> DuoFFN:
     """FFNs with random weights."""
-    big, small = (GatedFFN(shape.hidden, inner or 1, bias=shape.biases) for inner in (shape.big, shape.small))
-    ffns = DuoFFN(big, small if shape.small else None, None, 0)
+
+    def gated(hidden: int, inner: int) -> nn.Module:
+        return GatedFFN(hidden, inner, bias=shape.biases)
+
+    make_ffn = OF.get(shape.of, gated)
+    big, small = (make_ffn(shape.hidden, inner) if inner else None for inner in (shape.big, shape.small))
+    assert big is not None, "a layer has a big FFN"
+    ffns = DuoFFN(big, small, None, 0)
     keys = iter(mx.random.split(mx.random.key(seed), 20))
 
     def draw(value: mx.array) -> mx.array:
@@ -177,8 +216,7 @@ def check_ffns(case: Case, rows: int, plan: Plan, kept: dict[str, Verdict], cloc
 
 def _times(case: Case, rows: int, strategies: Sequence[str], rounds: int, clock: Clock) -> dict[str, dict[str, float]]:
     """By strategy and route, the time of a case's layers one after another over `planned`'s with big."""
-    hidden = case.layers[0].big.down_proj.weight.shape[0]
-    x = mx.random.normal((1, rows, hidden), key=mx.random.key(0)).astype(case.dtype)
+    x = mx.random.normal((1, rows, case.hidden), key=mx.random.key(0)).astype(case.dtype)
 
     def chain(step: Callable[[FFNs, mx.array], mx.array]) -> Callable[[], None]:
         def run() -> None:
@@ -191,9 +229,9 @@ def _times(case: Case, rows: int, strategies: Sequence[str], rounds: int, clock:
 
     def routed(strategy: str, route: Route) -> Callable[[], None]:
         routes, run = mx.full((1, rows), int(route), mx.uint32), selfcheck.STRATEGIES[strategy]
-        return chain(lambda ffns, h: run(ffns, h, routes, h))
+        return chain(lambda ffns, h: h + run(ffns, h, routes))
 
-    calls = {"planned": chain(lambda ffns, h: conditional.run(ffns, h, Route.BIG, "planned", h))}
+    calls = {"planned": chain(lambda ffns, h: h + ffns.big(h))}
     calls |= {f"{strategy} {route.name}": routed(strategy, route) for strategy in strategies for route in Route}
     timings = interleave(calls, rounds, clock=clock)
 
@@ -214,7 +252,7 @@ def routers(model: Model) -> list[tuple[int, int, mx.Dtype]]:
 
 
 def check_routers(kinds: Sequence[tuple[int, int, mx.Dtype]], plan: Plan, kept: dict[str, Verdict]) -> list[Check]:
-    """The kernel of norm and router by hidden size, number of choices and dtype."""
+    """The kernel of a router by hidden size, number of choices and dtype."""
     checks = []
     for hidden, choices, dtype in kinds:
         for rows in ROWS:

@@ -1,7 +1,7 @@
 """``--verify``: a model directory's logits beside another implementation's, on the same tokens and routes.
 
 The other one is the PyTorch reference with the source's weights, with an export's, or with what a quantised directory's
-weights stand for; or, for a dense model and the Duo that it became, mlx-lm's llama. Both sides compute in float32.
+weights stand for; or, for a dense model and the Duo that it became, mlx-lm's own model. Both sides compute in float32.
 
 In models with large activations (a grafted SmolLM2 is one) float32 alone costs some logits up to a hundred times the
 tolerance, in PyTorch as in MLX: both are as far from the reference in double precision as from each other. There the
@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm import utils as mlx_lm_utils
-from mlx_lm.models import llama
 from numpy.typing import NDArray
 
-from duo_mlx import checkpoint
+from duo_mlx import checkpoint, guard, hosting
+from duo_mlx.config import Config
 from duo_mlx.convert import stored
 from duo_mlx.convert.keymaps import named
 from duo_mlx.convert.readers import open_checkpoint
 from duo_mlx.convert.tensors import Tensors, to_torch
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.model import Model
 from duo_mlx.policies import RandomPolicy
 from duo_mlx.routed import ask
 from duo_mlx.routes import Route, Routes, parse_pattern
 
 if TYPE_CHECKING:
-    from duo_mlx.convert.reference import DuoModel
+    from duo_mlx.convert.reference import DuoConfig, DuoModel
 
 TOLERANCE = 1e-4  # on logits
 ROUNDING = 0.1  # on single logits, where the distributions agree
@@ -84,15 +84,15 @@ def measure(
     """
     reference = _reference(config, weights)
     model = _model(directory, rounded)
-    layers = model.args.num_hidden_layers
-    inputs = _inputs(model.args, batch, tokens, seed)
+    layers = model.config.num_hidden_layers
+    inputs = _inputs(model.config, batch, tokens, seed)
     fixed = {word: parse_pattern(word, layers) for word in ("big", "small", "skip")}
     drawn = {"random": RandomPolicy(layers, 0.4, 0.3, 0.3, seed).routes(0, inputs.shape[1], batch)}
     found = []
     for name, routes in (fixed | drawn).items():
         expected, _ = _run(reference, inputs, routes)
         found.append(compare(name, expected, np.array(model(mx.array(inputs), routes=routes))))
-    return [*found, _by_router(reference, model, inputs)] if model.args.router_choices else found
+    return [*found, _by_router(reference, model, inputs)] if model.config.router_choices else found
 
 
 def _by_router(reference: "DuoModel", model: Model, inputs: NDArray[np.int64]) -> Parity:
@@ -139,35 +139,16 @@ def measure_export(
     return measure(directory, config, weights, batch, tokens, seed, rounded=True)
 
 
-def measure_dense(
-    directory: Path, dense_weights: Tensors, config: dict[str, Any], batch: int = 2, tokens: int = 64, seed: int = 0
-) -> list[Parity]:
-    """A Duo directory with all routes big and the dense model that it came from, run by mlx-lm's llama.
+def measure_dense(directory: Path, batch: int = 2, tokens: int = 64, seed: int = 0) -> list[Parity]:
+    """A Duo directory with all routes big and mlx-lm's own model of the base with the same weights.
 
     Args:
         directory: the model directory.
-        dense_weights: by canonical names, ``model.layers.N.mlp.gate_proj.weight`` and so on.
-        config: the dense model's, with Llama's keys.
         batch, tokens, seed: as for `measure`.
-
-    Raises:
-        DuoError: weights and configuration disagree.
     """
-    config = config | {"model_type": "llama"}
-    if config.get("layer_types") and "full_attention" not in config["layer_types"]:
-        # mlx-lm's llama cannot be made without a layer of full attention; within the window there is no difference
-        tokens = min(tokens, config["sliding_window"])
-        config |= {"layer_types": None, "sliding_window": None}
-    try:
-        dense = llama.Model(llama.ModelArgs.from_dict(config))
-        loaded = {name: tensor.load().astype(mx.float32) for name, tensor in dense_weights.items()}
-        dense.load_weights(list(dense.sanitize(loaded).items()))
-    except (ValueError, TypeError, KeyError) as error:
-        raise DuoError(f"--verify: the dense model cannot be made: {' '.join(str(error).split())}") from error
     model = _model(directory)
-    inputs = _inputs(model.args, batch, tokens, seed)
-    theirs = np.array(dense(mx.array(inputs)))
-    ours = np.array(model(mx.array(inputs), routes=parse_pattern("big", model.args.num_hidden_layers)))
+    inputs = mx.array(_inputs(model.config, batch, tokens, seed))
+    theirs, ours = np.array(hosting.without(model)(inputs)), np.array(guard.all_big(model, inputs))
     return [compare("big", theirs, ours)]
 
 
@@ -210,20 +191,35 @@ def _model(directory: Path, rounded: bool = False) -> Model:
     return model
 
 
-def _inputs(args: ModelArgs, batch: int, tokens: int, seed: int) -> NDArray[np.int64]:
-    tokens = min(tokens, args.max_position_embeddings or tokens)
-    return np.random.default_rng(seed).integers(0, args.vocab_size, (batch, tokens))
+def _inputs(config: Config, batch: int, tokens: int, seed: int) -> NDArray[np.int64]:
+    tokens = min(tokens, config.max_position_embeddings or tokens)
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, tokens))
+
+
+def check_reference(config: dict[str, Any]) -> "DuoConfig":
+    """Check that the PyTorch reference can do what a config.json says, before the work that it is to verify.
+
+    Raises:
+        DuoError: PyTorch is not installed, or its reference lacks an option of this configuration.
+    """
+    try:
+        from duo_mlx.convert.reference import DuoConfig
+    except ImportError:
+        raise DuoError("--verify needs PyTorch: pip install 'duo-mlx[torch]'") from None
+    if "sliding_attention" in Config.from_dict(config).layer_types:
+        raise DuoError("--verify: the PyTorch reference knows no sliding_attention; convert without it")
+    try:
+        return DuoConfig.from_dict(config)
+    except ValueError as error:
+        raise DuoError(f"--verify: {error}; convert without it") from None
 
 
 def _reference(config: dict[str, Any], weights: Tensors) -> "DuoModel":
+    said = check_reference(config)
+    from duo_mlx.convert.reference import DuoModel
+
     try:
-        from duo_mlx.convert.reference import DuoConfig, DuoModel
-    except ImportError:
-        raise DuoError("--verify needs PyTorch: pip install 'duo-mlx[torch]'") from None
-    if "sliding_attention" in ModelArgs.from_dict(config).layer_types:
-        raise DuoError("--verify: the PyTorch reference knows no sliding_attention; convert without it")
-    try:
-        reference = DuoModel(DuoConfig.from_dict(config)).eval()
+        reference = DuoModel(said).eval()
     except ValueError as error:
         raise DuoError(f"--verify: {error}; convert without it") from None
     state = {name: to_torch(tensor.load()).float() for name, tensor in weights.items()}

@@ -26,7 +26,7 @@ class Tensor:
     """One tensor that is read when it is asked for, and anew each time, so that nobody keeps it in memory."""
 
     shape: tuple[int, ...]
-    dtype: str  # one of DTYPES
+    dtype: str  # one of DTYPES; of what can only be left out another name
     load: Callable[[], mx.array] = field(compare=False, repr=False)
     stored: str = ""  # how the file stores it where that is not ``dtype``, such as Q4_1
     # the same bits as unsigned integers, in pieces that are good until the next one; None where they must be computed
@@ -66,7 +66,8 @@ class Checkpoint:
     format: str  # "safetensors", "PyTorch" or "GGUF"
     files: tuple[Path, ...]  # the weights files
     tensors: dict[str, Tensor]  # by the names in the files, less the prefixes of DDP and torch.compile
-    config: dict[str, Any]  # config.json, or the same keys from GGUF's metadata
+    config: dict[str, Any]  # config.json, or the same keys from GGUF's metadata or Meta's params.json
+    notes: tuple[str, ...] = ()  # what is worth a line
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

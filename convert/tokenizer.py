@@ -1,10 +1,7 @@
-"""Tokenizer files for a model directory: copied where there is a tokenizer.json, else made from a tokenizer.model.
+"""Tokenizer files for a model directory: copied where there is a tokenizer.json, else made.
 
-A GGUF file has its tokenizer in its metadata, see `duo_mlx.convert.gguf_tokenizer`.
-
-What is made from a sentencepiece model gives sentencepiece's token ids, special tokens included: a ``</s>`` that stands
-in a text is text. It adds neither bos nor eos. The normalisation is the `tokenizers` library's ``Precompiled``, which
-looks at grapheme clusters: a letter with an accent written as a character of its own may come out differently.
+They are made from a tokenizer.model (`duo_mlx.convert.sentencepiece_bpe`), from vocab.json and merges.txt (by
+transformers), or from a GGUF file's metadata (`duo_mlx.convert.gguf_tokenizer`).
 """
 
 import json
@@ -12,34 +9,37 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer
 
+from duo_mlx.convert import tokenizer_config
+from duo_mlx.convert.readers.text import is_file, one_line
+from duo_mlx.convert.sentencepiece_bpe import CONFIG, from_sentencepiece
 from duo_mlx.convert.tensors import Checkpoint
 from duo_mlx.errors import DuoError
+from duo_mlx.files import foreign_content
 
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+GENERATION = "generation_config.json"
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
+    *TEMPLATES,
+    GENERATION,
     "vocab.json",
     "vocab.txt",
     "merges.txt",
 )
-CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-SPACE = "\u2581"  # what sentencepiece writes for a space
 
 
-def write_tokenizer(checkpoint: Checkpoint, destination: Path, vocab_size: int) -> None:
+def write_tokenizer(checkpoint: Checkpoint, destination: Path, vocab_size: int) -> str | None:
     """Bring the tokenizer of ``checkpoint`` into ``destination``, for a model of ``vocab_size`` embeddings.
 
     A tokenizer.json beside a GGUF file is taken if it has the file's own tokens.
+
+    Returns:
+        What is worth a line; see `write`.
 
     Raises:
         DuoError: as `write` and `duo_mlx.convert.gguf_tokenizer.write`.
@@ -49,155 +49,101 @@ def write_tokenizer(checkpoint: Checkpoint, destination: Path, vocab_size: int) 
     file = checkpoint.files[0]
     if checkpoint.format == "GGUF" and not gguf_tokenizer.is_beside(file):
         gguf_tokenizer.write(file, destination, vocab_size)
-    else:
-        write(file.parent, destination, vocab_size)
+        return None
+    return write(file.parent, destination, vocab_size)
 
 
-def write(source: Path, destination: Path, vocab_size: int) -> None:
+def write(source: Path, destination: Path, vocab_size: int) -> str | None:
     """Bring the tokenizer of the directory ``source`` into ``destination``, for a model of ``vocab_size`` embeddings.
+
+    Returns:
+        A line that says so where tokenizer and embedding differ in size; None where they do not.
 
     Raises:
         DuoError: there is none, it is damaged, it is of a kind that cannot be carried over exactly, or it has ids
-            beyond ``vocab_size``.
+            beyond ``vocab_size`` that are no added tokens.
     """
     if (source / "tokenizer.json").is_file():
         origin = source / "tokenizer.json"
-        try:
-            made = Tokenizer.from_file(str(origin))
-        except Exception as error:  # tokenizers raises the bare class
-            raise DuoError(f"{origin}: is damaged or no tokenizer ({error})") from error
-        for name in COPIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, destination / name)
-        config = None if (source / "tokenizer_config.json").is_file() else CONFIG
+        made = _read(origin)
+        _copy(source, destination, COPIED)
+        if not (source / "tokenizer_config.json").is_file():
+            _write_json(destination / "tokenizer_config.json", CONFIG)
     elif (source / "tokenizer.model").is_file():
         origin = source / "tokenizer.model"
-        made, config = from_sentencepiece(origin)
-        (destination / "tokenizer.json").write_text(made.to_str(), encoding="utf-8")
-        for name in ("chat_template.jinja", "generation_config.json"):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, destination / name)
-    else:
-        raise DuoError(f"{source}: holds neither a tokenizer.json nor a tokenizer.model (sentencepiece)")
-    if config is not None:
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (destination / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    highest = max(made.get_vocab(with_added_tokens=True).values(), default=0)
-    if highest >= vocab_size:
-        raise DuoError(f"{origin}: has token ids up to {highest}, but config.json says vocab_size {vocab_size}")
-
-
-def from_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """A tokenizer and its tokenizer_config.json from a sentencepiece BPE model.
-
-    Raises:
-        DuoError: the model is damaged, or has something that the `tokenizers` library cannot do in the same way:
-            another algorithm than BPE, user-defined symbols, whitespace as a suffix, a normalisation of its own.
-    """
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(file.read_bytes())
-        return from_proto(proto)
-    except DecodeError as error:
-        raise DuoError(f"{file}: is damaged or no sentencepiece model ({' '.join(str(error).split())})") from None
-    except DuoError as error:
-        raise DuoError(f"{file}: {error}") from None
-
-
-def from_proto(proto: Any, added: bool = False) -> tuple[Tokenizer, dict[str, Any]]:
-    """As `from_sentencepiece`, from a ``ModelProto``.
-
-    Args:
-        proto: the model.
-        added: read user-defined symbols as a tokenizer.json's added tokens, which llama.cpp does, too: unlike in
-            sentencepiece, the text after one begins anew.
-    """
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(proto.SerializeToString())
-    except (RuntimeError, ValueError) as error:
-        raise DuoError(f"is damaged or no sentencepiece model ({' '.join(str(error).split())})") from None
-    kind = proto.SentencePiece
-    tokenizer = Tokenizer(_bpe(proto, added))
-    tokenizer.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec))
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if proto.normalizer_spec.add_dummy_prefix:
-        steps.append(decoders.Strip(" ", 1, 0))
-    tokenizer.decoder = decoders.Sequence(steps)
-    special = [piece.piece for piece in proto.pieces if piece.type in (kind.CONTROL, kind.UNKNOWN)]
-    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    plain = [piece.piece for piece in proto.pieces if piece.type == kind.USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in plain])
-    # split_special_tokens is transformers' word for reading special tokens in a text as text
-    config: dict[str, Any] = {**CONFIG, "split_special_tokens": True}
-    for role in ("unk", "bos", "eos", "pad"):
-        number = getattr(processor, f"{role}_id")()
-        if number >= 0:
-            config[f"{role}_token"] = proto.pieces[number].piece
-    return tokenizer, config
-
-
-def _bpe(proto: Any, added: bool) -> models.BPE:
-    kind, trainer = proto.SentencePiece, proto.trainer_spec
-    if trainer.model_type != trainer.BPE:
-        raise DuoError(
-            f"is a sentencepiece model of type {trainer.ModelType.Name(trainer.model_type)}; only BPE is known"
+        said = tokenizer_config.read(source)
+        made, config = from_sentencepiece(
+            origin, first_only=tokenizer_config.has_template(source, said) and said.get("legacy") is False
         )
-    if trainer.treat_whitespace_as_suffix:
-        raise DuoError("treats whitespace as a suffix, which a tokenizer.json cannot say")
-    vocab = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == kind.NORMAL}
-    refused = [("unused", [p.piece for p in proto.pieces if p.type == kind.UNUSED and _reachable(p.piece, normal)])]
-    if not added:
-        refused.append(("user-defined", [piece.piece for piece in proto.pieces if piece.type == kind.USER_DEFINED]))
-    for name, found in refused:
-        if found:
-            raise DuoError(
-                f"has {name} symbols ({', '.join(found[:3])}), which a tokenizer.json reads differently; "
-                "put a tokenizer.json of your own beside it"
-            )
-    long = sorted((piece for piece in normal if len(piece) > 1), key=lambda piece: -normal[piece])
-    if len({normal[piece] for piece in long}) < len(long):
-        raise DuoError("has pieces of equal score, so the order of its merges is not known")
-    if unreachable := [piece for piece in long if any(character not in normal for character in piece)]:
-        raise DuoError(f"has the piece {unreachable[0]!r}, but not each of its characters")
-    return models.BPE(
-        vocab=vocab,
-        merges=[merge for piece in long for merge in _merges(piece, normal)],
-        unk_token=next(piece.piece for piece in proto.pieces if piece.type == kind.UNKNOWN),
-        fuse_unk=True,
-        byte_fallback=any(piece.type == kind.BYTE for piece in proto.pieces),
-    )
+        config = tokenizer_config.carried(made, config, said, source)
+        (destination / "tokenizer.json").write_text(made.to_str(), encoding="utf-8")
+        _write_json(destination / "tokenizer_config.json", config)
+        _copy(source, destination, (*TEMPLATES, GENERATION))
+    elif (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
+        origin = source / "vocab.json"
+        _convert(source, destination)
+        made = _read(destination / "tokenizer.json")
+        tokenizer_config.check_ids(made, tokenizer_config.added_tokens(source, tokenizer_config.read(source)), origin)
+        _copy(source, destination, (*TEMPLATES, GENERATION))
+    else:
+        raise DuoError(
+            f"{source}: holds neither a tokenizer.json nor a tokenizer.model (sentencepiece), nor vocab.json with "
+            "merges.txt"
+        )
+    return _compare(made, origin, vocab_size)
 
 
-def _reachable(piece: str, known: dict[str, float]) -> bool:
-    """Whether sentencepiece may come to ``piece`` at all."""
-    return len(piece) == 1 or bool(_merges(piece, known))
+def _compare(made: Tokenizer, origin: Path, vocab_size: int) -> str | None:
+    ids = made.get_vocab(with_added_tokens=True)
+    highest = max(ids.values(), default=0)
+    if highest < vocab_size - 1:
+        return f"{origin}: has tokens 0 to {highest} of {vocab_size} embeddings; the others are never generated"
+    added = {token.content for token in made.get_added_tokens_decoder().values()}
+    beyond = sorted((token for token in ids if ids[token] >= vocab_size), key=lambda token: ids[token])
+    if any(token not in added for token in beyond):
+        raise DuoError(f"{origin}: has token ids up to {highest}, but config.json says vocab_size {vocab_size}")
+    if beyond:
+        return f"{origin}: {', '.join(beyond[:3])} has no embedding ({vocab_size} are there); a prompt cannot have it"
+    return None
 
 
-def _merges(piece: str, known: dict[str, float]) -> list[tuple[str, str]]:
-    """All ways to make ``piece`` of two known ones.
-
-    Sentencepiece takes the leftmost of several merges that give the same piece, a tokenizer.json the one that it lists
-    first. The two can only disagree where they overlap, ``A+B`` and ``B+C`` in ``ABC``: then ``piece`` repeats itself
-    after ``len(A)`` characters, and such splits come first.
-    """
-    splits = [at for at in range(1, len(piece)) if piece[:at] in known and piece[at:] in known]
-    splits.sort(key=lambda at: (not piece.startswith(piece[at:]), -at))
-    return [(piece[:at], piece[at:]) for at in splits]
+def _read(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises the bare class
+        raise DuoError(f"{file}: {foreign_content(file) or f'is damaged or no tokenizer ({error})'}") from error
 
 
-def _normalizers(spec: Any) -> list[Any]:
-    if not spec.escape_whitespaces:
-        raise DuoError("does not escape whitespace, which a tokenizer.json cannot say")
-    found: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    if spec.add_dummy_prefix and not spec.remove_extra_whitespaces:
-        found = [normalizers.Prepend(" "), *found]
-    if spec.remove_extra_whitespaces:
-        found = [*found, normalizers.Replace(Regex(r"\A +| +(?= )"), "")]
-    found = [*found, normalizers.Replace(" ", SPACE)]
-    if spec.remove_extra_whitespaces:
-        found = [*found, normalizers.Replace(Regex(rf"{SPACE}+\z"), "")]
-        if spec.add_dummy_prefix:
-            found.append(normalizers.Prepend(SPACE))
-    return found
+def _convert(source: Path, destination: Path) -> None:
+    """Make a tokenizer.json of vocab.json and merges.txt as transformers reads them."""
+    from transformers import AutoTokenizer, PretrainedConfig
+    from transformers.utils import logging
+
+    said = tokenizer_config.read(source)
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    if said.get("tokenizer_class"):  # else config.json's model_type says it
+        options["config"] = PretrainedConfig()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        AutoTokenizer.from_pretrained(source, **options).save_pretrained(destination)
+    except Exception as error:  # transformers raises whatever a damaged file leads it to
+        for name in ("vocab.json", "merges.txt"):
+            if what := foreign_content(source / name):
+                raise DuoError(f"{source / name}: {what}") from None
+        raise DuoError(
+            f"{source}: vocab.json and merges.txt cannot be read as tokenizer_config.json says ({one_line(error)}); "
+            "put a tokenizer.json beside them"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _copy(source: Path, destination: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if is_file(source / name):
+            shutil.copyfile(source / name, destination / name)
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,9 +9,9 @@ import mlx.nn as nn
 from duo_mlx import masked
 from duo_mlx.errors import DuoError
 from duo_mlx.ffn import FFNs, nbytes
+from duo_mlx.forms import form
 from duo_mlx.kernels import fused, launch, selfcheck, verdicts
-
-FEW = fused.ROWS  # tokens of a pass that decodes; more is a prefill
+from duo_mlx.routes import FEW
 
 # By who knows a layer's routes, on how many tokens, on which device: the first that is usable. On a GPU with the
 # doctor's figures, those for routes on the device are tried in the order of their estimated times instead.
@@ -38,12 +38,13 @@ def choose(ffns: FFNs, rows: int, dtype: mx.Dtype, known_by: str) -> str:
     candidates = PREFERENCES[known_by, tokens, on]
     if len(candidates) == 1:
         return candidates[0]
-    key, record, gate = (id(ffns), rows, dtype, known_by), verdicts.record(), ffns.big.gate_proj
+    key, record, found = (id(ffns), rows, dtype, known_by), verdicts.record(), form(ffns.big)
+    part = found.up if found else ffns.big
     known = _chosen.get(key)
-    if known is None or not known.holds(gate, record):
+    if known is None or not known.holds(part, record):
         figures = record.figures if known_by == "device" else None  # where the host knows, no wait is saved
         name = _best(candidates, ffns, rows, dtype, figures)
-        known = _chosen[key] = _Choice(name, weakref.ref(gate), record, record.version)
+        known = _chosen[key] = _Choice(name, weakref.ref(part), record, record.version)
     return known.name
 
 
@@ -51,12 +52,12 @@ class _Choice(NamedTuple):
     """What was chosen, and what it holds for: weights quantised since then, say, are another module."""
 
     name: str
-    gate: weakref.ref[nn.Module]
+    part: weakref.ref[nn.Module]
     record: verdicts.Record
     version: int
 
-    def holds(self, gate: nn.Module, record: verdicts.Record) -> bool:
-        return self.gate() is gate and self.record is record and self.version == record.version
+    def holds(self, part: nn.Module, record: verdicts.Record) -> bool:
+        return self.part() is part and self.record is record and self.version == record.version
 
 
 _chosen: dict[tuple[int, int, mx.Dtype, str], _Choice] = {}  # every layer asks in every pass
@@ -95,7 +96,7 @@ def require(strategy: str, ffns: FFNs, rows: int, dtype: mx.Dtype) -> None:
 
 
 def router_refusal(hidden: int, choices: int, rows: int, dtype: mx.Dtype) -> str | None:
-    """Why the kernel of norm and router cannot decide for ``rows`` tokens on this machine; None if it can."""
+    """Why the kernel of a router cannot decide for ``rows`` tokens on this machine; None if it can."""
     if reason := launch.unavailable() or fused.router_refusal(hidden, choices, rows, dtype):
         return reason
     verdict = selfcheck.router_verdict(hidden, choices, rows, dtype)

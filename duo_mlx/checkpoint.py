@@ -10,6 +10,7 @@ directory does not need them.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,10 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from duo_mlx import shards
+from duo_mlx.config import VERSION
 from duo_mlx.device import on_cpu
 from duo_mlx.errors import DuoError
-from duo_mlx.files import output_file, write_text
+from duo_mlx.files import foreign_content, output_file, write_text
 from duo_mlx.routes import Route, Routes
 
 if TYPE_CHECKING:
@@ -100,10 +102,11 @@ def read_model(directory: Path) -> "Model":
     """The model in a directory with its weights as stored, each unread until it is used.
 
     Raises:
-        DuoError: it is no Duo model, or its files are damaged.
+        DuoError: it is no Duo model, its files are damaged, or the installed mlx-lm's base does not host it.
     """
     from mlx_lm import utils as mlx_lm_utils
 
+    from duo_mlx import guard
     from duo_mlx.model import Model, ModelArgs
 
     read_config(directory)
@@ -117,6 +120,7 @@ def read_model(directory: Path) -> "Model":
         model, _ = mlx_lm_utils.load_model(
             directory, lazy=True, model_config={"model_file": None}, get_model_classes=lambda **_: (Model, ModelArgs)
         )
+        guard.compare_graphs(model)
     except DuoError as error:
         raise DuoError(f"{directory}: {error}") from None
     except ValueError as error:  # mlx-lm's and MLX's word for tensors that do not fit
@@ -153,12 +157,28 @@ def read_config(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DuoError(f"{directory}: holds no config.json, so it is no model directory") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DuoError(f"{file}: is no JSON ({error})") from None
+        raise DuoError(f"{file}: {foreign_content(file) or f'is no JSON ({error})'}") from None
     if not isinstance(config, dict):
         raise DuoError(f"{file}: must hold a JSON object")
     if config.get("model_type") != "duo":
-        raise DuoError(f"{file}: model_type is {config.get('model_type')!r}; this package runs models of type 'duo'")
+        raise DuoError(
+            f"{file}: model_type is {config.get('model_type')!r}, so it is a dense model, not a Duo; "
+            "duo-mlx convert DIR DST --graft --calibrate TEXT makes a Duo of it"
+        )
     return config
+
+
+def read_eos_ids(directory: Path, config: Mapping[str, Any]) -> list[int] | int | None:
+    """Read the ids that end a text: generation_config.json's, else config.json's, as mlx-lm does; None: none.
+
+    ``config`` is the directory's config.json.
+    """
+    try:
+        said = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        said = {}
+    found = said.get("eos_token_id") if isinstance(said, dict) else None
+    return config.get("eos_token_id") if found in (None, []) else found
 
 
 def fingerprint(directory: Path, *, choosing: bool = False) -> str:
@@ -169,7 +189,8 @@ def fingerprint(directory: Path, *, choosing: bool = False) -> str:
     model when a router is trained for it. With ``choosing`` it is over that alone.
     """
     config = read_config(directory)
-    kept = {key: value for key, value in config.items() if (key in CHOOSING or key.startswith("router_")) is choosing}
+    told = {key: value for key, value in config.items() if key != "duo_version"}
+    kept = {key: value for key, value in told.items() if (key in CHOOSING or key.startswith("router_")) is choosing}
     whole = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     parts = {}
     for file in sorted(directory.glob("model*.safetensors")):
@@ -195,7 +216,8 @@ def _check_safetensors(file: Path) -> None:
         with safe_open(file, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise DuoError(f"{file}: is damaged or no safetensors file ({_one_line(error)})") from None
+        what = foreign_content(file) or f"is damaged or no safetensors file ({_one_line(error)})"
+        raise DuoError(f"{file}: {what}") from None
 
 
 def read_tokenizer(directory: Path, config: dict[str, Any]) -> "TokenizerWrapper":
@@ -209,8 +231,11 @@ def read_tokenizer(directory: Path, config: dict[str, Any]) -> "TokenizerWrapper
     try:
         # a configuration without anything: transformers would read the model's own, some of which it cannot
         options = {"trust_remote_code": False, "local_files_only": True, "config": PretrainedConfig()}
-        return load_tokenizer(directory, options, eos_token_ids=config.get("eos_token_id"))
+        return load_tokenizer(directory, options, eos_token_ids=read_eos_ids(directory, config))
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
+        for file in sorted(directory.glob("*token*")):
+            if what := foreign_content(file):
+                raise DuoError(f"{file}: {what}") from None
         raise DuoError(f"{directory}: the tokenizer cannot be read: {_one_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -229,7 +254,7 @@ def save(directory: Path, config: dict[str, Any], weights: dict[str, mx.array], 
 def save_config(directory: Path, config: dict[str, Any]) -> None:
     """Write the config.json of a Duo model, as mlx-lm would, and the model file that it names into a directory."""
     kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "vision_config")}
-    kept |= {"model_type": "duo", "model_file": MODEL_FILE}
+    kept |= {"model_type": "duo", "model_file": MODEL_FILE, "duo_version": VERSION}
     if "quantization" in kept:
         kept["quantization_config"] = kept["quantization"]
     write_text(directory / "config.json", json.dumps(dict(sorted(kept.items())), indent=4) + "\n")

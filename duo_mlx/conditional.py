@@ -30,7 +30,7 @@ from duo_mlx.errors import DuoError
 from duo_mlx.ffn import FFN, FFNs
 from duo_mlx.kernels import fused, launch
 from duo_mlx.router import Router
-from duo_mlx.routes import Route, Routes, check_routes
+from duo_mlx.routes import FEW, Route, Routes, check_routes
 
 # What one layer's tokens do: one route for all of them, or [batch, tokens] on the host or on the device; [batch] for a
 # single token of each sequence, whose hidden states are [batch, hidden].
@@ -134,7 +134,7 @@ def resolve(strategy: str, ffns: FFNs, x: mx.array, known_by: str) -> str:
     if strategy == "auto":
         return auto.choose(ffns, rows, x.dtype, known_by)
     if strategy in ("masked", "fused"):
-        if rows > auto.FEW:
+        if rows > FEW:
             return "sorted"
         auto.require(strategy, ffns, rows, x.dtype)
     return strategy
@@ -200,7 +200,7 @@ def _sorted(ffns: FFNs, x: mx.array, route: Routes | mx.array) -> mx.array:
     for count, start, module in ((smalls, skips, ffns.small), (bigs, skips + smalls, ffns.big)):
         if count:  # a quantised product over no rows kills the process
             # as one sequence: experts take no rows alone
-            parts.append(module(rows[order[start : start + count]][None])[0])
+            parts.append(module(rows[order[start : start + count]][None]).squeeze(0))
     grouped = mx.concatenate(parts) if len(parts) > 1 else parts[0]
     return grouped[back].reshape(x.shape)
 

@@ -13,10 +13,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx import auto
 from duo_mlx.errors import DuoError
+from duo_mlx.routes import FEW
 
-LONGEST = auto.FEW - 1  # drafted by `Auto`: with the token before them, what a pass still takes as decoding
+LONGEST = FEW - 1  # drafted by `Auto`: with the token before them, what a pass still takes as decoding
 OPENING = (0, 1, 3, 7)  # lengths whose times are learned first: passes over 1 token, 2, 4 and 8
 PROBE = 32  # rounds after which another choice is tried once
 SHARE = 0.01  # of all time that such tries may lose

@@ -4,7 +4,6 @@
 FFN, so a DuoFFN reads them from the pass that is open (`duo_mlx.hosting`).
 """
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -13,17 +12,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
 
 from duo_mlx.config import Config
+from duo_mlx.forms import ACTIVATIONS
 from duo_mlx.hosting import current
 
 FFN = Any  # a module: [..., hidden] to [..., hidden]
-
-ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "silu": nn.silu,
-    "gelu_tanh": nn.gelu_approx,
-    "gelu": nn.gelu,
-    "relu": nn.relu,
-    "relu2": nn.relu2,
-}
 
 
 class FFNs(Protocol):
@@ -42,7 +34,7 @@ class GatedFFN(nn.Module):
     Args:
         hidden: width of its inputs and outputs.
         inner: how many neurons it has.
-        activation: one of `ACTIVATIONS`.
+        activation: one of `duo_mlx.forms.ACTIVATIONS`.
         bias: whether its linear maps have biases.
     """
 

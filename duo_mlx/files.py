@@ -8,6 +8,8 @@ from pathlib import Path
 
 from duo_mlx.errors import DuoError
 
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")  # suffixes of PyTorch's checkpoints
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -82,6 +84,31 @@ def refuse_foreign(out: Path, force: bool, own: Callable[[str], bool], whose: st
         raise DuoError(f"--out {out}: is a file; give the name of a folder")
     if others := sorted(each.name for each in out.iterdir() if not own(each.name)):
         raise DuoError(f"--out {out}: holds {others[0]}, which is {whose}, so --force does not replace it")
+
+
+def foreign_content(file: Path) -> str | None:
+    """Say what a file is by its first bytes where its name promises something else; None: nothing is known.
+
+    Such files stand where a download went wrong or somebody changed a name.
+    """
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(512)
+    except OSError:
+        return None
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, not the file itself; download that"
+    kinds = (
+        ((".gguf",), head.startswith(b"GGUF")),
+        ((".safetensors",), head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27),
+        (PICKLES, head.startswith(b"PK\x03\x04")),
+    )
+    for suffixes, found in kinds:
+        if found and file.suffix not in suffixes:
+            return f"is a {suffixes[0]} file by its content; give it that suffix"
+    return None
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ from duo_mlx.policies import FixedPolicy, parse_route
 from duo_mlx.routed import RoutedModel, Source
 from duo_mlx.router import Router
 from duo_mlx.routes import Routes
+from duo_mlx.sampling import known, within
 from duo_mlx.speculation import Speculation, Token
 from duo_mlx.speculation import speculate as speculative_steps
 
@@ -103,6 +104,23 @@ def encode(tokenizer: TokenizerWrapper, prompt: str | list[int]) -> list[int]:
     return tokens
 
 
+@lru_cache(maxsize=4)  # reading a large vocabulary takes a tenth of a second
+def vocabulary_of(tokenizer: TokenizerWrapper) -> int:
+    """How many token ids a tokenizer has: one more than the highest."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def _check_ids(model: Model, tokens: list[int]) -> None:
+    """Refuse tokens without an embedding, which MLX would read from memory that is not the model's.
+
+    Raises:
+        DuoError: a token id is beyond the model's vocabulary.
+    """
+    size = model.config.vocab_size
+    if beyond := [token for token in tokens if not 0 <= token < size]:
+        raise DuoError(f"the prompt has the token id {beyond[0]}, but the model has embeddings for 0 to {size - 1}")
+
+
 def room(model: Model, policy: Source, prompt_tokens: int) -> int | None:
     """How many tokens can be generated after a prompt; None where nothing limits them.
 
@@ -166,6 +184,10 @@ def stream_generate(
     if draft is None and draft_tokens is not None:
         raise DuoError("draft_tokens without speculate; say which route drafts")
     tokens = encode(tokenizer, prompt)
+    _check_ids(model, tokens)
+    if (vocabulary := vocabulary_of(tokenizer)) < model.config.vocab_size:  # rows that pad the embedding are no tokens
+        sampler = kwargs.get("sampler")
+        kwargs["sampler"] = within(sampler if draft is None else known(sampler), vocabulary)
     cached = _cached(kwargs.get("prompt_cache"))
     first = cached + len(tokens)
     limit = room(model, route, first)

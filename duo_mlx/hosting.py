@@ -24,7 +24,14 @@ import mlx.nn as nn
 
 from duo_mlx.errors import DuoError
 
-FFN_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")  # of a block's FFN, in the order of trying
+FFN_NAMES = (
+    "mlp",
+    "feed_forward",
+    "block_sparse_moe",
+    "ffn",
+    "moe",
+    "mlp_block",
+)  # of a block's FFN, in the order of trying
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 
 Call = Callable[..., Any]
@@ -82,9 +89,18 @@ class Block:
 
     duo_index: int
 
-    def __call__(self, h: mx.array, *args: Any, **named: Any) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
         made, call = _current.get(), super().__call__  # type: ignore[misc]
-        return call(h, *args, **named) if made is None else made.block(self.duo_index, call, h, args, named)
+        if made is None:
+            return call(*args, **named)
+        if args:
+            return made.block(self.duo_index, call, args[0], args[1:], named)
+        (first, h), *rest = named.items()  # a base that names all arguments
+
+        def positional(h: mx.array, **others: Any) -> Any:
+            return call(**{first: h}, **others)
+
+        return made.block(self.duo_index, positional, h, (), dict(rest))
 
 
 class Attention:

@@ -1,4 +1,4 @@
-"""Strategy ``masked``: matrix products whose mask is the route, for FFNs of plain floats.
+"""Strategy ``masked``: matrix products whose mask is the route, for FFNs of plain floats and a known form.
 
 On Metal a product whose block is masked out returns before it reads the weights (MLX's ``gemv_masked.h``), so a route
 on the device decides what is read without the host. On the CPU the numbers are the same and nothing is saved.
@@ -8,7 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
-from duo_mlx.ffn import FFN, FFNs
+from duo_mlx.errors import DuoError
+from duo_mlx.ffn import FFNs
+from duo_mlx.forms import ACTIVATIONS, Gated, form, unknown
 from duo_mlx.routes import Route
 
 BLOCK = 64  # of MLX's product; a row of tokens has a mask of its own, so one block spans every output
@@ -21,8 +23,11 @@ def refusal(ffns: FFNs, dtype: mx.Dtype) -> str | None:
     if dtype not in allowed:
         names = ", ".join(str(known).removeprefix("mlx.core.") for known in allowed)
         return f"MLX's masked product takes {names} here, not {str(dtype).removeprefix('mlx.core.')}"
-    for module in (ffns.big, ffns.small):
-        for linear in (module.gate_proj, module.up_proj, module.down_proj):
+    for name, module in (("big", ffns.big), ("small", ffns.small)):
+        found = form(module)
+        if found is None:
+            return f"{name}: {unknown(module)}"
+        for linear in found[:-1]:
             if not isinstance(linear, nn.Linear):
                 return "MLX's masked product takes plain floats, and these weights are quantised"
             if linear.weight.dtype != dtype:
@@ -39,9 +44,18 @@ def run(ffns: FFNs, x: mx.array, route: mx.array) -> mx.array:
     return out.reshape(x.shape)
 
 
-def _module(ffn: FFN, rows: mx.array, mask: mx.array) -> mx.array:
-    inner = swiglu(_product(ffn.gate_proj, rows, mask), _product(ffn.up_proj, rows, mask))
-    return _product(ffn.down_proj, inner, mask)
+def _module(ffn: nn.Module, rows: mx.array, mask: mx.array) -> mx.array:
+    found = form(ffn)
+    if found is None:
+        raise DuoError(unknown(ffn))
+    inner = _product(found.up, rows, mask)
+    if not isinstance(found, Gated):
+        inner = ACTIVATIONS[found.activation](inner)
+    elif found.activation == "silu":  # one kernel
+        inner = swiglu(_product(found.gate, rows, mask), inner)
+    else:
+        inner = ACTIVATIONS[found.activation](_product(found.gate, rows, mask)) * inner
+    return _product(found.down, inner, mask)
 
 
 def _product(linear: nn.Module, rows: mx.array, mask: mx.array) -> mx.array:

@@ -7,12 +7,13 @@ method is Duo-LLM's (arXiv 2410.10846, section "Model").
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 from numpy.typing import NDArray
 
@@ -61,6 +62,8 @@ class Model(nn.Module):
     def __init__(self, config: Config):
         self.kind = config.base["model_type"]
         super().__init__(_base_args(config))  # type: ignore[call-arg]
+        if "config" in vars(self):
+            vars(config)["of_base"] = vars(self)["config"]
         self.config = config
         try:
             self._host()
@@ -124,7 +127,7 @@ class Model(nn.Module):
         given = inputs if input_embeddings is None else input_embeddings
         rest = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
         with self.opened(given.shape[0], given.shape[1], routes, strategy, **hooks):
-            logits: mx.array = super().__call__(inputs, cache, **rest)
+            logits: mx.array = super().__call__(inputs, cache=cache, **rest)
         return logits
 
     @contextmanager
@@ -173,7 +176,7 @@ class Model(nn.Module):
         stop = layers if stop is None else stop
         if start == 0 and stop == layers and hidden is None:
             with self.carried_out(entries, strategy, memo=memo):
-                out: mx.array = self.trunk(inputs, cache)
+                out: mx.array = self.trunk(inputs, cache=cache)
             return out
         if cache is not None and start:
             cache = _of_running(cache, start)
@@ -187,7 +190,7 @@ class Model(nn.Module):
             return run(h) if start <= index < stop else h
 
         with self.carried_out(entries, strategy, on_block=some, memo=memo):
-            out = self.trunk(inputs, cache)
+            out = self.trunk(inputs, cache=cache)
         return left[0] if left else out
 
     def head(self, final: mx.array) -> mx.array:
@@ -235,10 +238,10 @@ class Model(nn.Module):
     @property
     def embedding(self) -> nn.Module:
         """The vocabulary's table at the beginning."""
-        for module in self.trunk.children().values():
-            if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-                found: nn.Module = module
-                return found
+        for module in self.modules():
+            table = isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+            if table and module.weight.shape[0] == self.config.vocab_size:
+                return module
         raise DuoError(f"the trunk of a {self.kind} has no embedding")
 
     def router(self, offsets: mx.array | None = None) -> LinearRouter | LookAhead:
@@ -264,7 +267,27 @@ class Model(nn.Module):
         """The float type of hidden states."""
         table = self.embedding
         found: mx.Dtype = (table.scales if "scales" in table else table.weight).dtype
-        return found
+        if mx.issubdtype(found, mx.floating):
+            return found
+        # scales of eight bits, as mxfp4 has them, say nothing; norms stay in float
+        weights = dict(tree_flatten(self.parameters())).values()
+        return next(value.dtype for value in weights if mx.issubdtype(value.dtype, mx.floating))
+
+    @cached_property
+    def ffn_paths(self) -> tuple[str, ...]:
+        """The names of the layers' FFNs, such as ``model.layers.0.mlp``."""
+        paths = {id(module): path for path, module in self.named_modules()}
+        return tuple(paths[id(ffn)] for ffn in self.ffns)
+
+    def big_name(self, name: str) -> str:
+        """The name in this Duo of a weight, or a module, of its base."""
+        path = next((path for path in self.ffn_paths if f"{name}.".startswith(f"{path}.")), None)
+        return name if path is None else f"{path}.big{name.removeprefix(path)}"
+
+    def base_name(self, name: str) -> str:
+        """The name in the base of a weight, or a module, of this Duo: the inverse of `big_name`."""
+        path = next((path for path in self.ffn_paths if f"{name}.".startswith(f"{path}.big.")), None)
+        return name if path is None else f"{path}{name.removeprefix(f'{path}.big')}"
 
     def make_cache(self) -> list[Any]:
         """One cache a layer, as the base makes them."""
@@ -275,8 +298,12 @@ class Model(nn.Module):
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Drop what PyTorch checkpoints hold besides weights: rotary tables and a second copy of a tied head.
 
-        A Duo's weights have the names of mlx-lm's model already, so the base's own renaming has nothing to do.
+        A Duo's weights have the names of mlx-lm's model already, so the base's own renaming has nothing to do. It is
+        called for what it changes in the model: some bases take away a head that the weights do not have.
         """
+        base: Any = super()
+        if hasattr(base, "sanitize"):
+            base.sanitize({self.base_name(name): value for name, value in weights.items()})
         dropped = () if "lm_head" in self else ("lm_head.weight",)
         return {
             name: value
@@ -297,7 +324,7 @@ def _hosted(base: type) -> type[Model]:
 def _quant_predicate(model: Model) -> Callable[[str, nn.Module], Any]:
     """The base's own rule of what to quantise and how, under the names of its FFNs."""
     rule = model.base_class.quant_predicate.fget(model)  # type: ignore[attr-defined]
-    return lambda path, module, *rest: rule(path.replace(".big.", ".").removesuffix(".big"), module, *rest)
+    return lambda path, module, *rest: rule(model.base_name(path), module, *rest)
 
 
 def _product(table: nn.Module) -> Callable[[mx.array], mx.array]:

@@ -51,7 +51,7 @@ class OpenLayers:
 
         # the calls that are recorded look up the pass that is open when they are made
         with model.carried_out([], "planned", on_block=record, memo=self._memo):
-            model.trunk(inputs, cache)
+            model.trunk(inputs, cache=cache)
         root = roots[0]
         self._flat = root.ndim == 2  # a base may drop the axis of a single token
         self.root = root[:, None] if self._flat else root

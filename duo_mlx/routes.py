@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from duo_mlx.errors import DuoError
 
 Routes = NDArray[np.uint8]  # [layers], or [batch, tokens, layers]
+FEW = 8  # tokens of a pass that decodes; more is a prefill
 
 
 class Route(IntEnum):

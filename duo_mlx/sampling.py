@@ -4,7 +4,8 @@ mlx-lm's samplers are functions that give tokens. Speculative sampling needs wha
 same sampler with its settings in sight: mlx-lm's own filters, in its order.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sampler
@@ -21,6 +22,7 @@ class Sampling:
         top_p: keep the likeliest tokens that together have this probability; 0 and 1 keep all.
         min_p: keep tokens that have at least this share of the likeliest one's probability.
         top_k: keep so many of the likeliest tokens; 0 keeps all.
+        vocabulary: draw only from so many tokens, the first; 0: from all.
 
     Raises:
         DuoError: a setting is out of its range.
@@ -30,6 +32,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     top_k: int = 0
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temp < float("inf"):
@@ -43,7 +46,7 @@ class Sampling:
     def __call__(self, logprobs: mx.array) -> mx.array:
         """One token ``[...]`` for each of ``logprobs [..., vocab]``; without a temperature logits do."""
         if not self.temp:
-            return mx.argmax(logprobs, axis=-1)
+            return mx.argmax(self._within(logprobs), axis=-1)
         return mx.random.categorical(self._scaled(logprobs))
 
     def probabilities(self, logprobs: mx.array) -> mx.array:
@@ -59,7 +62,7 @@ class Sampling:
             verified: those at the same places by which it is verified (p).
         """
         if not self.temp:
-            agreed: mx.array = mx.argmax(drafted, axis=-1) == mx.argmax(verified, axis=-1)
+            agreed: mx.array = self(drafted) == self(verified)
             return agreed.astype(mx.float32)
         p, q = self.probabilities(verified), self.probabilities(drafted)
         return mx.minimum(p[..., : q.shape[-1]], q).sum(axis=-1)
@@ -83,7 +86,7 @@ class Sampling:
             each, and one after them all.
         """
         if not self.temp:
-            likeliest = mx.argmax(verified, axis=-1)
+            likeliest = self(verified)
             return tokens == likeliest[:-1], likeliest
         p = self.probabilities(verified)
         q = widened(self.probabilities(drafted), p.shape[-1], 0.0)
@@ -98,6 +101,7 @@ class Sampling:
 
     def _scaled(self, logprobs: mx.array) -> mx.array:
         """Log-probabilities, not normalised, after the filters and the temperature, in mlx-lm's order."""
+        logprobs = self._within(logprobs)
         if 0 < self.top_p < 1:
             logprobs = apply_top_p(logprobs, self.top_p)
         if self.min_p:
@@ -105,6 +109,18 @@ class Sampling:
         if 0 < self.top_k < logprobs.shape[-1]:
             logprobs = apply_top_k(logprobs, self.top_k)
         return logprobs * (1 / self.temp)
+
+    def _within(self, logprobs: mx.array) -> mx.array:
+        return logprobs[..., : self.vocabulary] if self.vocabulary else logprobs
+
+
+def within(sampler: Callable[[mx.array], mx.array] | None, vocabulary: int) -> Callable[[mx.array], mx.array]:
+    """A ``sampler`` of mlx-lm (None: the likeliest token) that draws only from the first ``vocabulary`` tokens."""
+    if sampler is None or sampler is greedy_sampler:
+        return Sampling(vocabulary=vocabulary)
+    if isinstance(sampler, Sampling):
+        return replace(sampler, vocabulary=min(sampler.vocabulary or vocabulary, vocabulary))
+    return lambda logprobs: sampler(logprobs[..., :vocabulary])
 
 
 def normalised(logits: mx.array) -> mx.array:

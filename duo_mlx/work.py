@@ -7,18 +7,21 @@ graphs of real passes): on a GPU each of MLX's fast operations is one, and views
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from duo_mlx import cost
+from duo_mlx.config import Config
 from duo_mlx.cost import RouteTable
 from duo_mlx.errors import DuoError
-from duo_mlx.ffn import FFN, nbytes
-from duo_mlx.model import Config, Layer, Model, RouterWeights
+from duo_mlx.ffn import DuoFFN, RouterWeights
+from duo_mlx.hosting import norms_of_ffn
+from duo_mlx.model import Model
 from duo_mlx.routes import LETTERS, Route, Routes
 
 STRATEGIES = ("planned", "fused", "masked", "sync", "sorted", "dense")
@@ -61,9 +64,9 @@ def imagined(args: Config, bits: int = 16, group_size: int = 64) -> Model:
 def with_routers(model: Model) -> Model:
     """The model, whose layers get a router where they have none: every strategy but ``planned`` asks one."""
     dtype = model.dtype
-    for layer in model.layers if not model.config.router_choices else ():
-        layer.mlp.router = RouterWeights(replace(model.config, router_choices=LETTERS))
-        layer.mlp.router.set_dtype(dtype)
+    for ffn in model.ffns if not model.config.router_choices else ():
+        ffn.router = RouterWeights(replace(model.config, router_choices=LETTERS))
+        ffn.router.set_dtype(dtype)
     return model
 
 
@@ -74,7 +77,7 @@ def shares(routes: Routes) -> NDArray[np.float64]:
 
 def refusal(model: Model, strategy: str) -> str | None:
     """Why a strategy cannot decode such a model on a GPU; None if it can."""
-    quantised = any(isinstance(module, nn.QuantizedLinear) for layer in model.layers for module in layer.mlp.modules())
+    quantised = any(isinstance(module, nn.QuantizedLinear) for ffn in model.ffns for module in ffn.modules())
     return "MLX's masked product has no quantised form" if strategy == "masked" and quantised else None
 
 
@@ -122,61 +125,82 @@ def reads(model: Model, strategy: str, context: int) -> RouteTable:
     if strategy not in ("planned", "sync"):
         # attention is in the graph before the route is known, so that even a skip of the layer reads it
         cache[:, Route.SKIP] = cache[:, Route.BIG]
-        for costs, layer in zip(weights, model.layers, strict=True):
-            costs[Route.SKIP] = costs[Route.BIG] - nbytes(layer.mlp.big)
+        for costs, ffn in zip(weights, model.ffns, strict=True):
+            costs[Route.SKIP] = costs[Route.BIG] - cost.active_bytes(ffn.big)
             if strategy == "dense":
-                costs[:] = costs[Route.BIG] + nbytes(layer.mlp.small)
+                costs[:] = costs[Route.BIG] + cost.active_bytes(ffn.small)
     return RouteTable(cost.weight_bytes(model).fixed, weights + cache)
 
 
 def dispatches(model: Model, strategy: str) -> RouteTable:
-    """Kernels that a token starts on a GPU, sampling by argmax included."""
-    embedding = 4 if isinstance(model.model.embed_tokens, nn.QuantizedEmbedding) else 1  # three gathers, dequantize
+    """Kernels that a token starts on a GPU, sampling by argmax included.
+
+    A block is counted by its modules: each product and norm is a kernel, a rotation two (queries and keys), and
+    attention, two writes to the cache and two additions are there whatever the base is.
+    """
+    embedding = 4 if isinstance(model.embedding, nn.QuantizedEmbedding) else 1  # three gathers, dequantize
     norm, head, sampling = 1, 1, 3  # logsumexp, its subtraction, argmax
     names = not LETTERS.startswith(model.config.router_choices)  # the index of the largest logit is not yet the route
-    by_route = np.array([_layer(layer, strategy, router=2 + names) for layer in model.layers], np.int64)
+    by_route = np.array(
+        [
+            _layer(block, ffn, strategy, router=2 + names, skips=model.parts is not None)
+            for block, ffn in zip(model.layers, model.ffns, strict=True)
+        ],
+        np.int64,
+    )
     return RouteTable(embedding + norm + head + sampling, by_route)
 
 
-def _layer(layer: Layer, strategy: str, router: int) -> tuple[int, int, int]:
+def _layer(block: nn.Module, ffns: DuoFFN, strategy: str, router: int, skips: bool) -> tuple[int, int, int]:
     """Kernels of one layer under skip, small and big: sums of what is named here, of which each is one kernel.
 
-    ``router`` are those of a router that is not part of a fused kernel.
+    ``router`` are those of a router that is not a kernel of its own; ``skips`` says whether a skip bypasses attention.
     """
-    attn, ffns = layer.self_attn, layer.mlp
     norm = add = rope = write = attend = compare = select = fill = gather = sort = 1
-    remember = norm + _linear(attn.k_proj) + _linear(attn.v_proj) + rope + 2 * write
-    apart = add if layer.skips_attention else 1 - _adds(attn.o_proj)
-    attention = remember + _linear(attn.q_proj) + rope + attend + _linear(attn.o_proj) + apart
-    small, big = _module(ffns.small), _module(ffns.big)
-    alone = norm + small + 1 - _adds(ffns.small.down_proj), norm + big + 1 - _adds(ffns.big.down_proj)
+    own = _kernels(block, without=ffns) + attend + 2 * write + 2 * add
+    small, big = _kernels(ffns.small), _kernels(ffns.big)
+    unread = len(norms_of_ffn(block))
+    skipped = own - unread + fill
+    if skips:
+        attention: Any = block.self_attn
+        skipped = norm + sum(map(_linear, (attention.k_proj, attention.v_proj))) + rope + 2 * write
+        skipped += norm * ("k_norm" in attention)
     if strategy == "planned":
-        skipped = remember if layer.skips_attention else attention
-        return skipped, attention + alone[0], attention + alone[1]
+        return skipped, own + small, own + big
+    if skips:
+        router += norm  # which sees what attention does
     if strategy == "sync":
-        skipped = remember + router if layer.skips_attention else attention + norm + router
-        return skipped, attention + router + alone[0], attention + router + alone[1]
-    if layer.skips_attention:  # attention has run before anybody knows; what it gave a token that skips is dropped
-        attention += compare + select + fill
+        skipped += router + (0 if skips else unread)
+        return skipped, own + router + small, own + router + big
+    if skips:  # attention has run before anybody knows; what it gave a token that skips is dropped
+        own += compare + select
     if strategy == "fused":
-        return (attention + 3,) * 3  # norm and router; gate, up and SwiGLU; down and add
-    before = attention + norm + router
+        return (own + norm * skips + 1 + 2,) * 3  # the router; gate, up and activation, and down
+    before = own + router
     if strategy == "sorted":
         group = sort + 2 * (compare + add) + 2 * write + sort  # counts of skip and small, written to one array
-        after = before + group + gather + add
-        skipped = after + fill - (norm if layer.skips_attention else 0)  # the router has a norm of its own there
-        return skipped, after + gather + small, after + gather + big
+        after = before + group + gather
+        return after + fill - unread * skips, after + gather + small, after + gather + big
     if strategy == "masked":
         # a masked bias is zeros, a choice and an addition where the module's own was a part of the product
-        masked_small, masked_big = (compare + _module(ffn) + 3 * _biases(ffn) for ffn in (ffns.small, ffns.big))
+        masked_small, masked_big = (compare + _kernels(ffn) + 3 * _biases(ffn) for ffn in (ffns.small, ffns.big))
         both = masked_big if ffns.small is ffns.big else masked_small + masked_big + add
-        return (before + both + add,) * 3
-    return (before + small + big + 2 * (compare + select) + fill + add,) * 3  # dense
+        return (before + both,) * 3
+    return (before + small + big + 2 * (compare + select) + fill,) * 3  # dense
 
 
-def _module(ffn: FFN) -> int:
-    swiglu = 1
-    return _linear(ffn.gate_proj) + _linear(ffn.up_proj) + swiglu + _linear(ffn.down_proj)
+def _kernels(module: nn.Module, without: nn.Module | None = None) -> int:
+    """Kernels of a module's own modules; of an FFN there is one more, its activation."""
+    left_out = {id(part) for part in without.modules()} if without is not None else set()
+    leaves: Any = tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module)
+    counted = sum(_leaf(leaf) for _, leaf in leaves if id(leaf) not in left_out)
+    return counted + (without is None)
+
+
+def _leaf(module: nn.Module) -> int:
+    if "rope" in type(module).__name__.lower():
+        return 2
+    return _linear(module)
 
 
 def _linear(linear: nn.Module) -> int:
@@ -184,10 +208,6 @@ def _linear(linear: nn.Module) -> int:
     return 1 + (isinstance(linear, nn.QuantizedLinear) and "bias" in linear)
 
 
-def _adds(linear: nn.Module) -> bool:
-    """Whether its product also adds a residual, see `duo_mlx.products.onto`."""
-    return type(linear) is nn.Linear and "bias" not in linear
-
-
-def _biases(ffn: FFN) -> int:
-    return sum("bias" in linear for linear in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
+def _biases(ffn: nn.Module) -> int:
+    leaves: Any = tree_flatten(ffn.leaf_modules(), is_leaf=nn.Module.is_module)
+    return sum("bias" in linear for _, linear in leaves)

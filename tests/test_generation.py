@@ -1,5 +1,7 @@
 """Generation: the routes of each token, one host sync a token, limits, and mlx-lm's own arguments."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,12 +9,13 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import duo_mlx
-from duo_mlx import conditional
+from duo_mlx import checkpoint, conditional
 from duo_mlx.errors import DuoError
 from duo_mlx.generation import encode, policy_of, room
 from duo_mlx.policies import FixedPolicy, RandomPolicy, ReplayPolicy, parse_route
 from duo_mlx.routed import RoutedModel
 from duo_mlx.routes import Route, format_pattern
+from duo_mlx.sampling import Sampling
 
 PROMPT = [3, 4, 5, 9, 8, 7]
 SPECS = ["big", "small", "skip", "Bs-B", "big@1,3", "random", "random:0.3,0.3,0.4"]
@@ -252,3 +255,52 @@ def test_wrong_arguments_are_named(loaded, arguments, line):
     model, tokenizer = loaded()
     with pytest.raises(DuoError, match=line):
         list(duo_mlx.stream_generate(model, tokenizer, PROMPT, **arguments))
+
+
+@pytest.fixture
+def padded(tiny_model, tiny_config, write_tokenizer, tmp_path):
+    """A model of 48 embeddings, whose tokenizer has 32 tokens."""
+    model = tiny_model(vocab_size=48)
+    checkpoint.save(tmp_path, tiny_config(vocab_size=48), checkpoint.parameters(model))
+    write_tokenizer(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("sampler", "speculate"),
+    [
+        *((Sampling(temp=50.0), spec) for spec in (None, "small")),
+        *((None, spec) for spec in (None, "small")),
+        (make_sampler(50.0), None),
+    ],
+)
+def test_rows_that_pad_the_embedding_are_never_generated(padded, sampler, speculate):
+    model, tokenizer = duo_mlx.load(padded)
+    tokenizer.eos_token_ids = set()
+    mx.random.seed(0)
+    options = {"sampler": sampler, "speculate": speculate, "max_tokens": 40}
+    responses = list(duo_mlx.stream_generate(model, tokenizer, PROMPT, **options))
+    assert len(responses) == 40 and all(response.token < 32 for response in responses)
+
+
+def test_a_token_without_an_embedding_is_refused(padded):
+    model, tokenizer = duo_mlx.load(padded)
+    with pytest.raises(DuoError, match="the prompt has the token id 48, but the model has embeddings for 0 to 47"):
+        duo_mlx.generate(model, tokenizer, [3, 48])
+
+
+@pytest.mark.parametrize(
+    ("said", "ids"),
+    [({"eos_token_id": [4, 5]}, {4, 5}), ({"eos_token_id": 0}, {0}), ({}, {7}), ({"eos_token_id": None}, {7})],
+)
+def test_generation_config_says_what_ends_a_text(padded, said, ids):
+    config = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
+    (padded / "generation_config.json").write_text(json.dumps(said))
+    assert duo_mlx.load(padded)[1].eos_token_ids == ids | {1}  # and the tokenizer's own
+
+
+def test_a_dense_model_is_shown_the_way(padded):
+    (padded / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(DuoError, match="model_type is 'qwen2', so it is a dense model, .*--graft --calibrate TEXT"):
+        duo_mlx.load(padded)

@@ -11,10 +11,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 from duo_mlx import conditional
-from duo_mlx.auto import FEW
 from duo_mlx.policies import parse_route
 from duo_mlx.routed import RoutedModel
-from duo_mlx.routes import Route
+from duo_mlx.routes import FEW, Route
 
 LAYERS = 4
 ATTENTION_MATMULS, FFN_MATMULS, HEAD_MATMULS = 4, 3, 1

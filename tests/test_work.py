@@ -78,7 +78,7 @@ def as_on_a_gpu(monkeypatch):
 def kernels(model, strategy, route, launches, monkeypatch):
     """Kernels of one decoding step, counted in its graph."""
     mx.eval(model.parameters())
-    dtype = model.model.norm.weight.dtype
+    dtype = model.dtype
     cache = model.make_cache()
     for layer in cache:
         layer.keys, layer.values, layer.offset = mx.zeros((1, 1, 256, 32), dtype), mx.zeros((1, 1, 256, 32), dtype), 5

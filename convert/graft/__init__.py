@@ -237,7 +237,7 @@ def run(small: SmallFFN, x: mx.array, activation: str = "silu") -> mx.array:
 
 def _tensors(model: Model, index: int, state: State) -> dict[str, Tensor]:
     """A layer's small FFN by the model's names, read from ``state`` when it is loaded."""
-    path = next(name for name, module in model.named_modules() if module is model.ffns[index])
+    path = model.ffn_paths[index]
     found = {}
     for name in SmallFFN.__dataclass_fields__:
         part = f"{name.removesuffix('_bias')}_proj.{'bias' if name.endswith('_bias') else 'weight'}"

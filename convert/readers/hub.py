@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from duo_mlx.convert.readers import local, shards
+from duo_mlx.convert.readers import local, meta, shards
 from duo_mlx.convert.readers.text import one_line
 from duo_mlx.errors import DuoError
 
@@ -25,7 +25,7 @@ from duo_mlx.errors import DuoError
 SMALL = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
-    *("vocab.json", "vocab.txt", "merges.txt"),
+    *("vocab.json", "vocab.txt", "merges.txt", "params.json", "adapter_config.json"),
 )
 ANSWERS = (  # a gated repository is a kind of absent one
     (GatedRepoError, "it is gated; ask for access on its page and log in"),
@@ -58,13 +58,14 @@ def fetch(name: str, file: str | None, revision: str | None) -> tuple[Path, Path
         names, directory = _list(name, revision)
         chosen = choose(name, names, file)
         folder = PurePosixPath(chosen).parent
-        wanted = [str(folder / small) for small in SMALL] + [chosen]
+        parts = shards.siblings(PurePosixPath(chosen).name) + ([] if file else _of_meta(chosen, names))
+        wanted = [str(folder / small) for small in (*SMALL, *parts)]
         if directory is not None:  # offline: what is there must do
             return directory, directory / chosen
         directory = _download(name, revision, wanted)
         if chosen.endswith(shards.SUFFIX):
-            parts = set(shards.read_map(directory / chosen).values())
-            _download(name, directory.name, [str(folder / part) for part in parts])
+            listed = set(shards.read_map(directory / chosen).values())
+            _download(name, directory.name, [str(folder / part) for part in listed])
         return directory, directory / chosen
     except DuoError:
         raise
@@ -92,15 +93,17 @@ def choose(name: str, names: Iterable[str], file: str | None = None) -> str:
         if not file.endswith((*local.SUFFIXES, shards.SUFFIX)):
             raise DuoError(f"{name}:{file}: is no weights file; known are {', '.join(local.SUFFIXES)}")
         return file
-    for known in local.NAMES:
-        if known in names:
-            return known
-    found = sorted(other for other in names if other.endswith(local.SUFFIXES) and "/" not in other)
+    found = local.candidates(names)
     if len(found) == 1:
         return found[0]
     if found:
         raise DuoError(f"{name}: holds several weights files ({', '.join(found)}); name one: {name}:{found[0]}")
     raise DuoError(f"{name}: holds no weights file; it must have one of {', '.join(local.NAMES)} or a .gguf")
+
+
+def _of_meta(chosen: str, names: Iterable[str]) -> list[str]:
+    """The other shards beside Meta's first one."""
+    return [name for name in names if chosen == local.META and meta.SHARD.fullmatch(name)]
 
 
 def _list(name: str, revision: str | None) -> tuple[list[str], Path | None]:

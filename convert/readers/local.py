@@ -1,18 +1,24 @@
 """Which files a path means, and which config.json goes with them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from duo_mlx.convert.readers import gguf, pytorch, safetensors_file, shards
+from duo_mlx.convert.readers import gguf, meta, pytorch, safetensors_file, shards
 from duo_mlx.convert.readers.names import unwrapped
-from duo_mlx.convert.readers.text import is_file, read_object
+from duo_mlx.convert.readers.text import is_file, read_object, shown
 from duo_mlx.convert.tensors import Checkpoint, Tensor
 from duo_mlx.errors import DuoError
+from duo_mlx.files import PICKLES, foreign_content
 
 # what a directory may hold, the first that is there is read
 NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 SAFETENSORS, GGUF = ".safetensors", ".gguf"
-SUFFIXES = (SAFETENSORS, *pytorch.SUFFIXES, GGUF)
+SUFFIXES = (SAFETENSORS, *PICKLES, GGUF)
+# what trainers put beside a model: their own state, and adapters
+STATES = ("checkpoint", "training_args", "optimizer", "scheduler", "rng_state", "scaler", "adapter_model")
+ADAPTER = "adapter_config.json"
+META = "consolidated.00.pth"
 
 
 def open_local(source: Path, config: Path | None, weights: Path | None = None, bare: bool = False) -> Checkpoint:
@@ -27,40 +33,74 @@ def open_local(source: Path, config: Path | None, weights: Path | None = None, b
     if not source.exists():
         raise DuoError(f"{source}: there is no such file or directory")
     file = weights or (weights_file(source) if source.is_dir() else source)
+    if file.stem == "training_args":
+        raise DuoError(f"{file}: holds a trainer's settings, not a model; name the file of its weights")
     if file.suffix == GGUF:
         given = None if config is None else read_config(file, config)
-        tensors, made = gguf.read(file, configured=given is not None)
-        return _checked(Checkpoint(source, "GGUF", (file,), tensors, made if given is None else given))
-    settings = read_config(source, config, bare)
+        try:
+            found = gguf.read(file, given)
+        except DuoError as error:
+            raise DuoError(f"{file}: {what}") if (what := foreign_content(file)) else error from None
+        return _checked(Checkpoint(source, "GGUF", found.files, found.tensors, found.config))
+    settings = read_config(source, config, bare or is_file(file.with_name(meta.PARAMS)))
     reader = _Files()
     if file.name.endswith(shards.SUFFIX):
         files, tensors = shards.read(file, reader.read)
+    elif meta.SHARD.fullmatch(file.name):
+        files, tensors = meta.read(file, reader.read)
     else:
-        files, tensors = [file], reader.read(file)
+        files, tensors = shards.read_numbered(file, reader.read)
     if len(reader.formats) > 1:
         raise DuoError(f"{file}: names shards of several formats ({', '.join(sorted(reader.formats))})")
     try:
         tensors = unwrapped(tensors)
     except DuoError as error:
         raise DuoError(f"{file}: {error}") from None
-    return _checked(Checkpoint(source, "".join(reader.formats), tuple(files), tensors, settings))
+    if not settings and is_file(params := file.with_name(meta.PARAMS)):
+        settings = meta.config(params, tensors)
+    notes: tuple[str, ...] = ()
+    if is_file(file.with_name(ADAPTER)):
+        notes = (f"{file.with_name(ADAPTER)}: the adapter is left out; merge it into its base to have it",)
+    return _checked(Checkpoint(source, "".join(reader.formats), tuple(files), tensors, settings, notes))
 
 
 def weights_file(directory: Path) -> Path:
-    """The weights file, or index of shards, that ``directory`` is read from.
+    """The weights file, index of shards or first shard that ``directory`` is read from.
 
     Raises:
         DuoError: it has several that may be meant, or none.
     """
-    for name in NAMES:
-        if (directory / name).is_file():
-            return directory / name
-    found = sorted(file for file in directory.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    found = [file for file in found if file.stem != "checkpoint"]  # a trainer's state, not a model
-    if len(found) != 1:
-        several = f"several weights files ({', '.join(file.name for file in found)})" if found else "no weights file"
-        raise DuoError(f"{directory}: holds {several}; it must have one of {', '.join(NAMES)}")
-    return found[0]
+    found = candidates(file.name for file in directory.iterdir() if file.is_file())
+    if len(found) == 1:
+        return directory / found[0]
+    if found:
+        several = ", ".join(found)
+        raise DuoError(
+            f"{directory}: holds several weights files ({several}); name one, such as {directory / found[0]}"
+        )
+    if is_file(directory / ADAPTER):
+        base = read_object(directory / ADAPTER).get("base_model_name_or_path")
+        raise DuoError(
+            f"{directory}: holds an adapter ({ADAPTER}) of {shown(base)}, not a model; merge it into that "
+            "(PEFT's merge_and_unload)"
+        )
+    raise DuoError(f"{directory}: holds no weights file; it must have one of {', '.join(NAMES)} or a single other")
+
+
+def candidates(names: Iterable[str]) -> list[str]:
+    """Which of the files of a directory may be its weights: an index or a file, the first of several shards."""
+    names = set(names)
+    for known in NAMES:
+        if known in names:
+            return [known]
+    found = sorted(
+        name for name in names if name.endswith(SUFFIXES) and Path(name).stem not in STATES and "/" not in name
+    )
+    found = [file.name for file in gguf.models([Path(name) for name in found])]
+    firsts = list(dict.fromkeys(next(each for each in shards.siblings(name) if each in names) for name in found))
+    if META in firsts:  # Meta's shards are one file by their numbers
+        firsts = [name for name in firsts if name == META or not meta.SHARD.fullmatch(name)]
+    return firsts
 
 
 def read_config(source: Path, config: Path | None, bare: bool = False) -> dict[str, Any]:
@@ -94,7 +134,7 @@ class _Files:
         if file.suffix == SAFETENSORS:
             self.formats.add("safetensors")
             return safetensors_file.read(file)
-        if file.suffix in pytorch.SUFFIXES:
+        if file.suffix in PICKLES:
             self.formats.add("PyTorch")
             return self.pickles.read(file)
         raise DuoError(f"{file}: is no weights file; known are {', '.join(SUFFIXES)} and *{shards.SUFFIX}")

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from duo_mlx.convert.readers.safetensors_file import unknown_type
+from duo_mlx.convert.readers.safetensors_file import unknown_type, unwritable
 from duo_mlx.convert.readers.text import one_line, shown
 from duo_mlx.convert.tensors import DTYPES, Tensor, to_mlx
 from duo_mlx.errors import DuoError
+from duo_mlx.files import foreign_content
 
 if TYPE_CHECKING:
     import torch
 
-SUFFIXES = (".pt", ".pth", ".bin")
 NESTS = ("model", "state_dict", "module", "model_state_dict")  # where trainers put the state dict
 DEPTH = 2  # Lightning inside DeepSpeed, and the like
 
@@ -34,13 +34,15 @@ class Reader:
         """The tensors of ``file`` in the order of its state dict.
 
         Raises:
-            DuoError: PyTorch is not installed; the file is damaged, holds no state dict, would run code, or holds a
-                tensor of another type than `DTYPES`.
+            DuoError: PyTorch is not installed; the file is damaged, holds no state dict, or would run code.
         """
-        return {
-            name: Tensor(tuple(value.shape), _dtype(value), partial(self._load, file, name))
-            for name, value in self._state(file).items()
-        }
+        return {name: self._tensor(file, name, value) for name, value in self._state(file).items()}
+
+    def _tensor(self, file: Path, name: str, value: "torch.Tensor") -> Tensor:
+        shape, kind = tuple(value.shape), _dtype(value)
+        if kind not in DTYPES:
+            return unwritable(file, name, shape, kind)
+        return Tensor(shape, kind, partial(self._load, file, name))
 
     def _state(self, file: Path) -> dict[str, "torch.Tensor"]:
         if self._last is None or self._last[0] != file:
@@ -68,6 +70,8 @@ def _unpickle(file: Path) -> Any:
             _check_archive(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # the unpickler raises whatever damaged bytes lead it to
+        if what := _foreign(file):
+            raise DuoError(f"{file}: {what}") from None
         if "weights_only" in str(error).lower() or "Unsupported" in str(error):
             raise DuoError(f"{file}: holds more than tensors; it is not loaded, as that could run code") from error
         raise DuoError(f"{file}: is damaged or no PyTorch checkpoint ({type(error).__name__})") from error
@@ -90,16 +94,29 @@ def _state_dict(file: Path, value: Any) -> dict[str, "torch.Tensor"]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             kind = type(tensor if isinstance(name, str) else name).__name__
             raise DuoError(f"{file}: is no state dict, a dict from name to tensor: {shown(name)} is of type {kind}")
-        if tensor.layout != torch.strided or tensor.is_nested:
-            raise unknown_type(file, name, "sparse" if tensor.layout != torch.strided else "nested")
-        if _dtype(tensor) not in DTYPES:
-            raise unknown_type(file, name, _dtype(tensor))
+        if tensor.is_nested:
+            raise unknown_type(file, name, "nested")  # it has no shape
+        if tensor.layout != torch.strided:
+            continue
         if tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() > size:
             raise DuoError(f"{file}: {shown(name)} is {list(tensor.shape)}, more than the file holds")
     return dict(value)
 
 
+def _foreign(file: Path) -> str | None:
+    """What a file is that cannot be a pickle; None: it may be one."""
+    if what := foreign_content(file):
+        return what
+    with file.open("rb") as opened:
+        head = opened.read(2)
+    return None if head == b"PK" or head[:1] == b"\x80" else "is damaged or no PyTorch checkpoint"
+
+
 def _dtype(tensor: "torch.Tensor") -> str:
+    import torch
+
+    if tensor.layout != torch.strided:
+        return "sparse"
     return str(tensor.dtype).removeprefix("torch.")
 
 

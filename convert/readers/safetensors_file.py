@@ -18,33 +18,52 @@ from safetensors import SafetensorError, safe_open
 from duo_mlx.convert.readers.text import one_line, parse_object, shown
 from duo_mlx.convert.tensors import DTYPES, SIZES, Tensor
 from duo_mlx.errors import DuoError
+from duo_mlx.files import foreign_content
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' and everyone else's
+OTHERS = {"F64": "float64", "BOOL": "bool"} | {
+    f"{letter}{bits}": f"{word}{bits}" for letter, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+}
 PIECE = 4 << 20  # bytes
 
 
 def read(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, in the order in which they stand in it.
 
+    One of another type than `DTYPES` cannot be loaded. One that was left out as another's twin is that other one.
+
     Raises:
-        DuoError: the file is damaged, names a tensor twice, or holds one of another type than `DTYPES`.
+        DuoError: the file is damaged, or names a tensor twice.
     """
     try:
         with safe_open(file, framework="numpy") as opened:  # checks what MLX takes on trust
             slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
             found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            metadata = opened.metadata() or {}
         start, entries = _header(file)
     except (SafetensorError, OSError, ValueError, struct.error) as error:
-        raise DuoError(f"{file}: is damaged or no safetensors file ({one_line(error)})") from None
+        what = foreign_content(file) or f"is damaged or no safetensors file ({one_line(error)})"
+        raise DuoError(f"{file}: {what}") from None
     pieces = _Pieces(file)
     tensors = {}
     for name, (shape, kind) in found.items():
         if kind not in NAMES:
-            raise unknown_type(file, name, kind)
+            tensors[name] = unwritable(file, name, shape, OTHERS.get(kind, kind))
+            continue
         first, end = (start + offset for offset in entries[name]["data_offsets"])
         copy = partial(pieces.read, name, first, end, SIZES[NAMES[kind]])
         tensors[name] = Tensor(shape, NAMES[kind], partial(_load, file, name), pieces=copy)
-    return tensors
+    # safetensors.torch.save_model leaves out all but one of tensors that share memory, and says so in the metadata
+    return tensors | {name: tensors[twin] for name, twin in metadata.items() if twin in tensors and name not in tensors}
+
+
+def unwritable(file: Path, name: object, shape: tuple[int, ...], kind: str) -> Tensor:
+    """A tensor that MLX would change or misread: it may be left out, but not loaded."""
+
+    def load() -> mx.array:
+        raise unknown_type(file, name, kind)
+
+    return Tensor(shape, kind, load)
 
 
 def unknown_type(file: Path, name: object, kind: str) -> DuoError:

@@ -1,5 +1,7 @@
-"""Shards with an ``.index.json``: a map from tensor to file, which must say neither more nor less than the files."""
+"""Shards: with an ``.index.json``, a map from tensor to file that must say neither more nor less than the files; or
+without, by the numbers in their names."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,38 @@ from duo_mlx.convert.tensors import Tensor
 from duo_mlx.errors import DuoError
 
 SUFFIX = ".index.json"
+NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)")
+
+
+def siblings(name: str) -> list[str]:
+    """The names of all shards of which ``name`` is one by its numbers, such as ``model-00001-of-00002.safetensors``.
+
+    Of another name it is that name alone.
+    """
+    match = NUMBERED.fullmatch(name)
+    if match is None:
+        return [name]
+    numbers = range(1, int(match["count"]) + 1)
+    return [f"{match['stem']}-{number:05}-of-{match['count']}{match['suffix']}" for number in numbers]
+
+
+def read_numbered(file: Path, read_file: Callable[[Path], dict[str, Tensor]]) -> tuple[list[Path], dict[str, Tensor]]:
+    """The shards to which ``file`` belongs by its numbers, and their tensors; of another name itself.
+
+    Raises:
+        DuoError: a shard is missing, or holds a tensor that another one has.
+    """
+    files = [file.with_name(name) for name in siblings(file.name)]
+    tensors: dict[str, Tensor] = {}
+    for shard in files:
+        if len(files) > 1 and not is_file(shard):
+            raise DuoError(f"{file}: is one of {len(files)} shards, but {shard.name} is not there")
+        found = read_file(shard)
+        for name in found:
+            if name in tensors:
+                raise DuoError(f"{shard}: holds {shown(name)}, which another shard holds, too")
+        tensors |= found
+    return files, tensors
 
 
 def read_map(index: Path) -> dict[str, str]:

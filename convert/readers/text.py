@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from duo_mlx.errors import DuoError
+from duo_mlx.files import foreign_content
 
 LONGEST = 120  # characters of a foreign name in a message
 
@@ -44,7 +45,7 @@ def read_object(file: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         if str(error) == "not an object":
             raise DuoError(f"{file}: must hold a JSON object") from None
-        raise DuoError(f"{file}: is no JSON ({error})") from None
+        raise DuoError(f"{file}: {foreign_content(file) or f'is no JSON ({error})'}") from None
 
 
 def shown(name: object) -> str:

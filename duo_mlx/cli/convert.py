@@ -29,7 +29,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--to", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True, help="What to make.")
 @click.option("--config", type=FILE, help="config.json in place of the source's own, or of a file that has none.")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
-@click.option("--key-map", metavar="NAME|FILE", help="canonical, llama, fused, gguf, or a TOML file of rules.")
+@click.option("--key-map", metavar="NAME|FILE", help="canonical, llama, fused, or a TOML file of rules.")
 @click.option("--rope", type=click.Choice(LAYOUTS), help="Layout of q and k.  [default: what goes with the names]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of all weights.  [default: as stored]")
 @click.option("--default-route", metavar="SPEC", help="What the model does when nobody says.")
@@ -65,8 +65,9 @@ def command(context: click.Context, /, source: str, destination: Path, **options
 
     SRC is a directory with config.json, weights and tokenizer files, a weights file (.safetensors, .pt, .pth, .bin,
     .gguf), an index of shards, or a Hugging Face id (OWNER/NAME, OWNER/NAME:FILE). It holds a Duo model, or with
-    --graft a dense one: llama, mistral or qwen2. `duo-mlx convert inspect PATH` says what a checkpoint is. DST is what
-    `duo-mlx generate --model` and mlx-lm load; with --to torch a .pt, .pth or .bin file, or a directory of safetensors.
+    --graft a dense one that mlx-lm runs, in float or quantised by MLX. `duo-mlx convert inspect PATH` says what a
+    checkpoint is. DST is what `duo-mlx generate --model` and mlx-lm load; with --to torch a .pt, .pth or .bin file, or
+    a directory of safetensors.
 
     Texts of --calibrate are what --graft fits small FFNs to. Their last tokens are set aside: on them the best fixed
     patterns are measured, which `--route budget:K` picks from. Without --graft they are all for that. A graft that was
@@ -161,6 +162,10 @@ def _export(source: str, destination: Path, options: dict[str, Any], watch: "Wat
     if options["verify"]:
         require_torch()
     directory = checkpoint.resolve(source, options["revision"])
+    if options["verify"]:
+        from duo_mlx.convert import parity
+
+        parity.check_reference(checkpoint.read_config(directory))
 
     def verify(exported: Path) -> None:
         from duo_mlx.convert import parity

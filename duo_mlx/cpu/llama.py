@@ -13,10 +13,10 @@ from mlx_lm.models import llama
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 
-from duo_mlx.auto import FEW
 from duo_mlx.cpu.products import few, join, onto, through, times
 from duo_mlx.ffn import GatedFFN
 from duo_mlx.hosting import current, replace_class
+from duo_mlx.routes import FEW
 
 BASE = llama.Model
 LOG2_E = 1.4426950408889634

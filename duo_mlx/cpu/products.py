@@ -18,8 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from duo_mlx import _blas
-from duo_mlx.auto import FEW
 from duo_mlx.device import on_cpu
+from duo_mlx.routes import FEW
 
 FORMAT = ("mode", "bits", "group_size")
 UNCOPIED = {"SkylakeX", "Cooperlake", "SapphireRapids"}  # kernels that copy no weights for products

@@ -1,4 +1,4 @@
-// down: out = residual + inner down (+ bias) of the module that a row's route names; out = residual where it skips.
+// down: out = inner down (+ bias) of the module that a row's route names, and zeros where it skips.
 //
 // Divided up as up.metal is: a simdgroup makes COLUMNS columns of all rows, and there is no barrier.
 
@@ -15,7 +15,6 @@ template <
     typename W,
     typename S,
     typename B,
-    typename R,
     typename Y>
 inline void down_columns(
     X inner,
@@ -29,7 +28,6 @@ inline void down_columns(
     int column,
     uint needed,
     int lane,
-    R residual,
     Y out) {
   float sums[ROWS * COLUMNS];
   multiply<BITS, GROUP, ROWS, COLUMNS>(
@@ -46,8 +44,7 @@ inline void down_columns(
         if constexpr (BIAS) {
           sum += static_cast<float>(bias[column + i]);
         }
-        const int at = row * hidden + column + i;
-        out[at] = static_cast<T>(static_cast<float>(residual[at]) + sum);
+        out[row * hidden + column + i] = static_cast<T>(sum);
       }
     }
   }
@@ -74,18 +71,18 @@ if constexpr (SHARED) {  // small is another word for big
 if (big != 0) {
   duo::down_columns<T, BIG_BITS, BIG_GROUP, BIG_BIAS, ROWS, COLUMNS>(
       inner, big_width, big_down, big_down_scales, big_down_biases, big_down_bias, big_width, hidden, column, big, lane,
-      residual, out);
+      out);
 }
 if (small != 0) {
   duo::down_columns<T, SMALL_BITS, SMALL_GROUP, SMALL_BIAS, ROWS, COLUMNS>(
       inner, big_width, small_down, small_down_scales, small_down_biases, small_down_bias, small_width, hidden, column,
-      small, lane, residual, out);
+      small, lane, out);
 }
-if (lane == 0) {
+if (lane == 0) {  // outputs come uninitialised
   for (int row = 0; row < rows; row++) {
     if (!duo::has(big | small, row)) {
       for (int at = row * hidden + column; at < row * hidden + min(column + COLUMNS, hidden); at++) {
-        out[at] = residual[at];
+        out[at] = static_cast<T>(0.0f);
       }
     }
   }

@@ -1,7 +1,7 @@
 """The fused kernels as a layer calls them: which FFNs they take, and the launches for one layer.
 
-A layer is three dispatches: `decide` (norm, router, argmax) and two for `ffn` (gate, up and SwiGLU; then down). Where a
-row skips, no weight is read; where rows of a batch share a module, its weights are read once for all of them.
+A layer is three dispatches: `decide` (router and argmax) and two for `ffn` (gate, up and activation; then down). Rows
+that skip read no weights. Rows of a batch that share a module read its weights once.
 """
 
 from functools import cache
@@ -12,18 +12,20 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from duo_mlx.errors import DuoError
-from duo_mlx.ffn import FFN, FFNs
+from duo_mlx.ffn import FFNs
+from duo_mlx.forms import ACTIVATIONS, Form, Gated, form, unknown
 from duo_mlx.kernels import launch
 from duo_mlx.kernels.launch import Launch
+from duo_mlx.routes import FEW
 
-ROWS = 8  # tokens of one launch at most
+ROWS = FEW  # tokens of one launch at most
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 BITS = (4, 8)
 GROUPS = (32, 64, 128)
 CHOICES = 3  # a router names a route at most once
 LANES = 32  # of a simdgroup
 SIMDGROUPS = 2  # of a threadgroup that multiplies, as in common.metal
-MOST_SIMDGROUPS = 16  # of a threadgroup that normalises: half of what Metal allows, to leave registers
+MOST_SIMDGROUPS = 16  # of a threadgroup that routes: half of what Metal allows, to leave registers
 # By the number of rows rounded up: the columns of one simdgroup. Each row has a sum for each of them in registers.
 COLUMNS = {1: 4, 2: 4, 4: 4, 8: 2}
 
@@ -40,12 +42,16 @@ class Format(NamedTuple):
 
 
 class Module(NamedTuple):
-    """The formats and sizes of one SwiGLU module; gate and up share a format."""
+    """The form, formats and sizes of one module; gate and up share a format."""
 
+    form: Form
     up: Format
     down: Format
     width: int
     hidden: int
+
+    def __str__(self) -> str:
+        return f"{self.form} {self.up}/{self.down}"
 
 
 def refusal(ffns: FFNs, rows: int, dtype: mx.Dtype) -> str | None:
@@ -75,43 +81,35 @@ def signature(ffns: FFNs, rows: int, dtype: mx.Dtype) -> str:
         DuoError: they are refused.
     """
     big, small = _modules(ffns, rows, dtype)
-    second = "small is big" if ffns.small is ffns.big else f"small {small.up}/{small.down}"
-    return f"{_name(dtype)} rows{_bucket(rows)} big {big.up}/{big.down} {second}"
+    second = "small is big" if small is big else f"small {small}"
+    return f"{_name(dtype)} rows{_bucket(rows)} big {big} {second}"
 
 
-def ffn(ffns: FFNs, x: mx.array, route: mx.array, residual: mx.array) -> mx.array:
-    """``residual`` plus the output of the FFNs that ``route [...]`` names.
+def ffn(ffns: FFNs, x: mx.array, route: mx.array) -> mx.array:
+    """Return the outputs of the FFNs that ``route [...]`` names; zeros for tokens that skip.
 
     Args:
         ffns: the layer's two modules.
-        x: their normalised input, ``[..., hidden]``.
+        x: their normalised input, ``[..., hidden]``, and so is what is returned.
         route: 0 skip, 1 small, 2 big, of any integer type.
-        residual: like ``x``, and so is what is returned.
 
     Raises:
         DuoError: the FFNs or the input are refused; nothing was launched.
     """
     big, small = _modules(ffns, route.size, x.dtype)
-    if x.shape != (*route.shape, big.hidden) or residual.shape != x.shape:
-        raise DuoError(
-            f"x {x.shape}, residual {residual.shape} and route {route.shape} are not for {big.hidden} values"
-        )
-    if residual.dtype != x.dtype:
-        raise DuoError(f"x is {_name(x.dtype)} and residual {_name(residual.dtype)}")
+    if x.shape != (*route.shape, big.hidden):
+        raise DuoError(f"x {x.shape} and route {route.shape} are not for {big.hidden} values")
     rows, route = (route.size, big.hidden), route.reshape(route.size).astype(mx.uint32)
-    (inner,) = launch.execute(up(ffns, big, small, x.reshape(rows), route))
-    (out,) = launch.execute(down(ffns, big, small, inner, route, residual.reshape(rows)))
+    (inner,) = launch.execute(up(big, small, x.reshape(rows), route))
+    (out,) = launch.execute(down(big, small, inner, route))
     return out.reshape(x.shape)
 
 
-def decide(
-    h: mx.array, norm: nn.RMSNorm, weight: mx.array, offsets: mx.array, choices: tuple[int, ...]
-) -> tuple[mx.array, mx.array]:
-    """``norm(h)`` and the routes ``[...]``: of ``choices`` the one with the largest logit.
+def decide(x: mx.array, weight: mx.array, offsets: mx.array, choices: tuple[int, ...]) -> mx.array:
+    """Return the routes ``[...]``: of ``choices`` the one with the largest logit.
 
     Args:
-        h: ``[..., hidden]``.
-        norm: of ``hidden`` values.
+        x: the router's input, ``[..., hidden]``, normalised.
         weight: the router's, ``[choices, hidden]``.
         offsets: added to the logits, ``[choices]``.
         choices: the route of each row of ``weight``.
@@ -119,14 +117,13 @@ def decide(
     Raises:
         DuoError: the input is refused; nothing was launched.
     """
-    hidden, rows = h.shape[-1], prod(h.shape[:-1])
-    if reason := router_refusal(hidden, len(choices), rows, h.dtype):
+    hidden, rows = x.shape[-1], prod(x.shape[:-1])
+    if reason := router_refusal(hidden, len(choices), rows, x.dtype):
         raise DuoError(reason)
-    shapes = norm["weight"].shape, weight.shape, offsets.shape
-    if shapes != ((hidden,), (len(choices), hidden), (len(choices),)):
-        raise DuoError(f"norm, router and offsets are {shapes}, not for {hidden} values and {len(choices)} routes")
-    normed, route = launch.execute(router(h.reshape(rows, hidden), norm, weight, offsets, choices))
-    return normed.reshape(h.shape), route.reshape(h.shape[:-1])
+    if (weight.shape, offsets.shape) != ((len(choices), hidden), (len(choices),)):
+        raise DuoError(f"the router's weight {weight.shape} and offsets {offsets.shape} are not for {hidden} values")
+    (route,) = launch.execute(router(x.reshape(rows, hidden), weight, offsets, choices))
+    return route.reshape(x.shape[:-1])
 
 
 def launches(ffns: FFNs, rows: int, dtype: mx.Dtype) -> list[Launch]:
@@ -138,50 +135,54 @@ def launches(ffns: FFNs, rows: int, dtype: mx.Dtype) -> list[Launch]:
     big, small = _modules(ffns, rows, dtype)
     x, inner = (mx.zeros((rows, width), dtype) for width in (big.hidden, big.width))
     route = mx.zeros(rows, mx.uint32)
-    return [up(ffns, big, small, x, route), down(ffns, big, small, inner, route, residual=x)]
+    return [up(big, small, x, route), down(big, small, inner, route)]
 
 
-def router(h: mx.array, norm: nn.RMSNorm, weight: mx.array, offsets: mx.array, choices: tuple[int, ...]) -> Launch:
-    """The launch of route.metal on ``h [rows, hidden]``: one threadgroup a row."""
-    rows, hidden = h.shape
+def router(x: mx.array, weight: mx.array, offsets: mx.array, choices: tuple[int, ...]) -> Launch:
+    """The launch of route.metal on ``x [rows, hidden]``: one threadgroup a row."""
+    rows, hidden = x.shape
     groups = min(-(-hidden // (4 * LANES)), MOST_SIMDGROUPS)  # four values a lane, or more
     return Launch(
         kernel="route",
         inputs=(
-            ("h", h),
-            ("norm", norm["weight"]),
-            ("eps", _constant((norm.eps,), mx.float32)),
+            ("x", x),
             ("weight", weight),
             ("offsets", offsets.astype(mx.float32)),
             ("choices", _constant(choices, mx.uint32)),
         ),
-        template=(("T", h.dtype), ("GROUPS", groups), ("CHOICES", len(choices))),
+        template=(("GROUPS", groups), ("CHOICES", len(choices))),
         grid=(rows * groups * LANES, 1, 1),
         threadgroup=(groups * LANES, 1, 1),
-        outputs=(("normed", h.shape, h.dtype), ("route", (rows,), mx.uint32)),
+        outputs=(("route", (rows,), mx.uint32),),
     )
 
 
-def up(ffns: FFNs, big: Module, small: Module, x: mx.array, route: mx.array) -> Launch:
+def up(big: Module, small: Module, x: mx.array, route: mx.array) -> Launch:
     """The launch of up.metal on ``x [rows, hidden]``; its grid is for big: only the device knows the routes."""
     rows = len(x)
+    names = ("BIG_ACTIVATION", "BIG_GATED", "SMALL_ACTIVATION", "SMALL_GATED")
+    forms = (
+        part
+        for module in (big, small)
+        for part in (_activation(module.form.activation), isinstance(module.form, Gated))
+    )
     return Launch(
         kernel="up",
         inputs=(
             ("x", x),
             ("route", route),
-            *_weights("big_gate", ffns.big.gate_proj, x.dtype),
-            *_weights("big_up", ffns.big.up_proj, x.dtype),
-            *_weights("small_gate", ffns.small.gate_proj, x.dtype),
-            *_weights("small_up", ffns.small.up_proj, x.dtype),
+            *_weights("big_gate", big.form.gate if isinstance(big.form, Gated) else None, x.dtype),
+            *_weights("big_up", big.form.up, x.dtype),
+            *_weights("small_gate", small.form.gate if isinstance(small.form, Gated) else None, x.dtype),
+            *_weights("small_up", small.form.up, x.dtype),
         ),
-        template=_template(ffns, big.up, small.up, rows, x.dtype),
+        template=(*_template(small is big, big.up, small.up, rows, x.dtype), *zip(names, forms, strict=True)),
         **_threads(big.width, rows),
         outputs=(("inner", (rows, big.width), x.dtype),),
     )
 
 
-def down(ffns: FFNs, big: Module, small: Module, inner: mx.array, route: mx.array, residual: mx.array) -> Launch:
+def down(big: Module, small: Module, inner: mx.array, route: mx.array) -> Launch:
     """The launch of down.metal on ``inner [rows, width]``."""
     rows = len(inner)
     return Launch(
@@ -189,14 +190,19 @@ def down(ffns: FFNs, big: Module, small: Module, inner: mx.array, route: mx.arra
         inputs=(
             ("inner", inner),
             ("route", route),
-            ("residual", residual),
-            *_weights("big_down", ffns.big.down_proj, inner.dtype),
-            *_weights("small_down", ffns.small.down_proj, inner.dtype),
+            *_weights("big_down", big.form.down, inner.dtype),
+            *_weights("small_down", small.form.down, inner.dtype),
         ),
-        template=_template(ffns, big.down, small.down, rows, inner.dtype),
+        template=_template(small is big, big.down, small.down, rows, inner.dtype),
         **_threads(big.hidden, rows),
-        outputs=(("out", residual.shape, inner.dtype),),
+        outputs=(("out", (rows, big.hidden), inner.dtype),),
     )
+
+
+@cache
+def _activation(name: str) -> int:
+    """An activation's number in up.metal."""
+    return list(ACTIVATIONS).index(name)
 
 
 def _bucket(rows: int) -> int:
@@ -211,14 +217,14 @@ def _threads(outputs: int, rows: int) -> dict[str, tuple[int, int, int]]:
 
 
 def _template(
-    ffns: FFNs, big: Format, small: Format, rows: int, dtype: mx.Dtype
+    shared: bool, big: Format, small: Format, rows: int, dtype: mx.Dtype
 ) -> tuple[tuple[str, mx.Dtype | int | bool], ...]:
     bucket = _bucket(rows)
     return (
         ("T", dtype),
         ("ROWS", bucket),
         ("COLUMNS", COLUMNS[bucket]),
-        ("SHARED", ffns.small is ffns.big),
+        ("SHARED", shared),
         ("BIG_BITS", big.bits),
         ("BIG_GROUP", big.group),
         ("BIG_BIAS", big.bias),
@@ -228,14 +234,15 @@ def _template(
     )
 
 
-def _weights(name: str, linear: nn.Module, dtype: mx.Dtype) -> tuple[tuple[str, mx.array], ...]:
+def _weights(name: str, linear: nn.Module | None, dtype: mx.Dtype) -> tuple[tuple[str, mx.array], ...]:
     """A linear map's arrays under the names of the kernels; what its format lacks is one value that nobody reads."""
     nothing = _constant((0,), dtype)
+    stored: dict[str, mx.array] = linear or {}
     return (
-        (name, linear["weight"]),
-        (f"{name}_scales", linear.get("scales", nothing)),
-        (f"{name}_biases", linear.get("biases", nothing)),
-        (f"{name}_bias", linear.get("bias", nothing)),
+        (name, stored.get("weight", nothing)),
+        (f"{name}_scales", stored.get("scales", nothing)),
+        (f"{name}_biases", stored.get("biases", nothing)),
+        (f"{name}_bias", stored.get("bias", nothing)),
     )
 
 
@@ -263,15 +270,21 @@ def _check(rows: int, dtype: mx.Dtype) -> None:
         raise DuoError(f"the kernels take 1 to {ROWS} tokens, not {rows}")
 
 
-def _module(name: str, ffn: FFN, dtype: mx.Dtype) -> Module:
-    gate, width, hidden = _linear(f"{name}.gate_proj", ffn.gate_proj, dtype)
-    up, *up_shape = _linear(f"{name}.up_proj", ffn.up_proj, dtype)
-    down, *down_shape = _linear(f"{name}.down_proj", ffn.down_proj, dtype)
-    if gate != up:
-        raise DuoError(f"{name}.gate_proj and {name}.up_proj are stored differently ({gate}, {up})")
-    if up_shape != [width, hidden] or down_shape != [hidden, width]:
+def _module(name: str, ffn: nn.Module, dtype: mx.Dtype) -> Module:
+    found = form(ffn)
+    if found is None:
+        raise DuoError(f"{name}: {unknown(ffn)}")
+    up, width, hidden = _linear(f"{name}.up", found.up, dtype)
+    down, *down_shape = _linear(f"{name}.down", found.down, dtype)
+    shapes = [down_shape]
+    if isinstance(found, Gated):
+        gate, *gate_shape = _linear(f"{name}.gate", found.gate, dtype)
+        if gate != up:
+            raise DuoError(f"{name}.gate and {name}.up are stored differently ({gate}, {up})")
+        shapes.append(gate_shape[::-1])
+    if any(shape != [hidden, width] for shape in shapes):
         raise DuoError(f"the shapes of {name}'s projections do not fit together")
-    return Module(up, down, width, hidden)
+    return Module(found, up, down, width, hidden)
 
 
 def _linear(name: str, linear: nn.Module, dtype: mx.Dtype) -> tuple[Format, int, int]:

@@ -12,7 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from duo_mlx import masked
+from duo_mlx.errors import DuoError
 from duo_mlx.ffn import FFNs
+from duo_mlx.forms import Form, form, unknown
 from duo_mlx.kernels import fused, launch
 from duo_mlx.kernels.verdicts import Verdict, record
 from duo_mlx.routes import Route
@@ -20,11 +22,8 @@ from duo_mlx.routes import Route
 REPEATS = 3  # at first use; the doctor repeats more often
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 5e-3, mx.bfloat16: 4e-2}  # of the largest value of a row
 
-Strategy = Callable[[FFNs, mx.array, mx.array, mx.array], mx.array]
-STRATEGIES: dict[str, Strategy] = {
-    "fused": fused.ffn,
-    "masked": lambda ffns, x, route, residual: residual + masked.run(ffns, x, route),
-}
+Strategy = Callable[[FFNs, mx.array, mx.array], mx.array]
+STRATEGIES: dict[str, Strategy] = {"fused": fused.ffn, "masked": masked.run}
 
 
 def verdict(strategy: str, ffns: FFNs, rows: int, dtype: mx.Dtype) -> Verdict:
@@ -36,17 +35,29 @@ def verdict(strategy: str, ffns: FFNs, rows: int, dtype: mx.Dtype) -> Verdict:
 def router_verdict(hidden: int, choices: int, rows: int, dtype: mx.Dtype) -> Verdict:
     """The same of the kernel that decides among ``choices`` routes from ``hidden`` values."""
     key = router_name(hidden, choices, rows, dtype)
-    return _known(key, "the kernel of norm and router", lambda: check_router(hidden, choices, rows, dtype))
+    return _known(key, "the router's kernel", lambda: check_router(hidden, choices, rows, dtype))
 
 
 def name(strategy: str, ffns: FFNs, rows: int, dtype: mx.Dtype) -> str:
-    """The key of a verdict: strategy, variant of the kernels, and shape."""
-    widths = [module.down_proj.weight.shape for module in (ffns.big, ffns.small)]
+    """The key of a verdict: strategy, variant of the kernels, activations, and shape.
+
+    Raises:
+        DuoError: the form of a module is unknown.
+    """
+    big, small = _form(ffns.big), _form(ffns.small)
     if strategy == "fused":
         variant = fused.signature(ffns, rows, dtype)
     else:
-        variant = f"{_name(dtype)} rows{_bucket(rows)}{' small is big' if ffns.small is ffns.big else ''}"
-    return f"{strategy} {variant} {widths[0]} {widths[1]}"
+        second = "small is big" if ffns.small is ffns.big else f"small {small}"
+        variant = f"{_name(dtype)} rows{_bucket(rows)} big {big} {second}"
+    return f"{strategy} {variant} {big.down.weight.shape} {small.down.weight.shape}"
+
+
+def _form(module: nn.Module) -> Form:
+    found = form(module)
+    if found is None:
+        raise DuoError(unknown(module))
+    return found
 
 
 def router_name(hidden: int, choices: int, rows: int, dtype: mx.Dtype) -> str:
@@ -86,29 +97,25 @@ def check(strategy: str, ffns: FFNs, rows: int, dtype: mx.Dtype, repeats: int = 
 
 
 def check_router(hidden: int, choices: int, rows: int, dtype: mx.Dtype, repeats: int = REPEATS) -> Verdict:
-    """Compare the kernel of norm, router and argmax with MLX's own; a route whose logit nearly ties may be taken."""
-    keys = mx.random.split(mx.random.key(0), 4)
-    h = (3 * mx.random.normal((1, rows, hidden), key=keys[0])).astype(dtype)
-    norm = nn.RMSNorm(hidden)
-    norm.weight = (1 + mx.random.normal((hidden,), key=keys[1]) / 5).astype(dtype)
-    weight = (mx.random.normal((choices, hidden), key=keys[2]) / hidden**0.5).astype(dtype)
-    offsets = mx.random.normal((choices,), key=keys[3]) / 5
+    """Compare the kernel of router and argmax with MLX's own; a route whose logit nearly ties may be taken."""
+    keys = mx.random.split(mx.random.key(0), 3)
+    x = mx.random.normal((1, rows, hidden), key=keys[0]).astype(dtype)
+    weight = (mx.random.normal((choices, hidden), key=keys[1]) / hidden**0.5).astype(dtype)
+    offsets = mx.random.normal((choices,), key=keys[2]) / 5
     named = tuple(Route)[-choices:]
-    wanted = norm(h).astype(mx.float32)
-    logits = (wanted[..., None, :] * weight.astype(mx.float32)).sum(axis=-1) + offsets
-    mx.eval(wanted, logits)
+    logits = (x.astype(mx.float32)[..., None, :] * weight.astype(mx.float32)).sum(axis=-1) + offsets
+    mx.eval(x, logits)
 
     def judge(found: list[mx.array]) -> str | None:
-        normed, route = found
-        taken = route[..., None] == mx.array(named)
+        taken = found[0][..., None] == mx.array(named)
         if not (taken.sum(axis=-1) == 1).all().item():
             return f"a route is none of {[int(route) for route in named]}"
         short = (logits.max(axis=-1) - mx.where(taken, logits, 0).sum(axis=-1)).max()
         if (short > TOLERANCE[dtype] * mx.abs(logits).max()).item():
             return f"a route's logit is {short.item():.2g} below the largest"
-        return _difference(normed, wanted, TOLERANCE[dtype])
+        return None
 
-    fault = _fault(lambda: list(fused.decide(h, norm, weight, offsets, named)), judge, repeats)
+    fault = _fault(lambda: [fused.decide(x, weight, offsets, named)], judge, repeats)
     return Verdict(fault is None, fault or "")
 
 
@@ -131,15 +138,12 @@ def _known(key: str, what: str, check: Callable[[], Verdict]) -> Verdict:
 
 def _fault_under(route: mx.array, strategy: Strategy, ffns: FFNs, dtype: mx.Dtype, repeats: int) -> str | None:
     """What is wrong with a strategy under these routes."""
-    shape = (*route.shape, ffns.big.down_proj.weight.shape[0])
-    x, residual = (mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype) for seed in (0, 1))
-    out = expected(ffns, x, route)
-    size = mx.abs(out).max(axis=-1, keepdims=True)
-    residual = (residual * mx.where(size > 0, size / 4, 1)).astype(dtype)  # beside a larger one it would not show
-    wanted = residual.astype(mx.float32) + out
-    mx.eval(residual, wanted)  # here, where an error is not the strategy's
+    shape = (*route.shape, _form(ffns.big).down.weight.shape[0])
+    x = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
+    wanted = expected(ffns, x, route)
+    mx.eval(x, wanted)  # here, where an error is not the strategy's
     return _fault(
-        lambda: [strategy(ffns, x, route, residual)],
+        lambda: [strategy(ffns, x, route)],
         lambda found: _difference(found[0], wanted, TOLERANCE[dtype]),
         repeats,
     )

@@ -70,7 +70,7 @@ def machine() -> str:
     """What verdicts depend on: chip, system, mlx, and the kernels as they are."""
     source = hashlib.sha256()
     here = Path(__file__).parent
-    for file in (*sorted(here.iterdir()), here.parent / "masked.py"):
+    for file in (*sorted(here.iterdir()), here.parent / "masked.py", here.parent / "forms.py"):
         if file.suffix in (".metal", ".py"):
             source.update(file.read_bytes())
     chip = mx.device_info().get("device_name", platform.machine())

@@ -75,7 +75,7 @@ class Passes:
         if self.dropout:
             hosting.open_attention(model)
         with model.carried_out(planned, STRATEGY, on_block=self._kept(model), **hooks):
-            final = model.trunk(tokens, list(caches) if caches else None)
+            final = model.trunk(tokens, cache=list(caches) if caches else None)
         return (head or model.head)(final).astype(mx.float32)
 
     def mixture(
@@ -125,7 +125,7 @@ class Passes:
         if whole:
             hosting.open_attention(model)
         with model.carried_out([], STRATEGY, on_block=layer, on_ffn=ffn, on_attention=attention if whole else None):
-            final = model.trunk(tokens, None)
+            final = model.trunk(tokens)
         return model.head(final).astype(mx.float32), mx.stack([found[index] for index in sorted(found)])
 
     def _kept(self, model: Model) -> OnBlock | None:

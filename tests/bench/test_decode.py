@@ -9,12 +9,12 @@ import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
-from duo_mlx.auto import FEW
 from duo_mlx.bench import decode, parts, peer
 from duo_mlx.bench.interleave import Timings
 from duo_mlx.errors import DuoError
 from duo_mlx.policies import ReplayPolicy
 from duo_mlx.router import LinearRouter
+from duo_mlx.routes import FEW
 
 LAYERS = 4
 ROUTED = {"router_choices": "-sB"}  # its routers' weights are random, too

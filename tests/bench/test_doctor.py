@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_lm.models.activations import swiglu
+from mlx_lm.models.switch_layers import SwitchGLU
 
-from duo_mlx import _blas, auto
+from duo_mlx import _blas, auto, forms
 from duo_mlx.bench import doctor, figures, meters, variants
 from duo_mlx.bench.figures import Figure
 from duo_mlx.bench.variants import Plan, Shape
@@ -49,10 +49,12 @@ class Device:
         return [*others, out]
 
     def up(self, given, template):
-        inners = [
-            swiglu(*(linear(given, template, which, kind, given["x"]) for kind in ("gate", "up")))
-            for which in ("small", "big")
-        ]
+        inners = []
+        for which in ("small", "big"):
+            act = list(forms.ACTIVATIONS.values())[template[f"{which.upper()}_ACTIVATION"]]
+            inner = linear(given, template, which, "up", given["x"])
+            gated = template[f"{which.upper()}_GATED"]
+            inners.append(act(linear(given, template, which, "gate", given["x"])) * inner if gated else act(inner))
         missing = inners[1].shape[-1] - inners[0].shape[-1]
         inners[0] = mx.pad(inners[0], [(0, 0), (0, missing)])
         return [chosen(given["route"], template, *inners)]
@@ -61,12 +63,11 @@ class Device:
         width = given["small_down"].shape[-1]
         small = given["inner"][..., : width * 32 // template["SMALL_BITS"] if template["SMALL_BITS"] else width]
         outs = [linear(given, template, which, "down", x) for which, x in (("small", small), ("big", given["inner"]))]
-        return [given["residual"] + chosen(given["route"], template, *outs)]
+        return [chosen(given["route"], template, *outs)]
 
     def route(self, given, template):  # noqa: ARG002
-        normed = mx.fast.rms_norm(given["h"], given["norm"], given["eps"].item())
-        logits = (normed @ given["weight"].T).astype(mx.float32) + given["offsets"]
-        return [normed, given["choices"][mx.argmax(logits, axis=-1)]]
+        logits = (given["x"] @ given["weight"].T).astype(mx.float32) + given["offsets"]
+        return [given["choices"][mx.argmax(logits, axis=-1)]]
 
     def wrong(self, out):
         return out + 1
@@ -192,7 +193,7 @@ def test_a_fault_is_a_verdict_shown_kept_and_heeded(device, fault):
 
 def test_where_masked_fails_too_the_host_reads(device, monkeypatch):
     device.fault = "wrong"
-    monkeypatch.setitem(selfcheck.STRATEGIES, "masked", lambda ffns, x, route, residual: residual)  # noqa: ARG005
+    monkeypatch.setitem(selfcheck.STRATEGIES, "masked", lambda ffns, x, route: mx.zeros_like(x))  # noqa: ARG005
     report = doctor.examine(Plan(repeats=1, rounds=0, shapes=SHAPES[:1]))
     assert {check.what for check in report.checks if check.failed} == {"fused", "masked", "router"}
     fresh()
@@ -245,7 +246,7 @@ def test_what_is_refused_is_never_launched(device, saved):
         checks = variants.check_ffns(case, 1, TIMED, {}, device.clock)
         assert kinds == 1 and len(case.layers) == 4
     assert {check.what: check.refused for check in checks} == {
-        "fused": "big.gate_proj has 3-bit weights; the kernels take 4 and 8 bits",
+        "fused": "big.up has 3-bit weights; the kernels take 4 and 8 bits",
         "masked": "MLX's masked product takes plain floats, and these weights are quantised",
     }
     assert {check.weights for check in checks} == {"3-bit"} and not device.launched
@@ -351,13 +352,44 @@ def test_nobodys_name_is_in_the_report(monkeypatch, tmp_path):
     assert "alice" not in json.dumps(report)
 
 
+def test_other_forms_are_checked_and_named(device):
+    shapes = (Shape(32, 64, 32, 32, of="gemma2", timed=True), Shape(32, 64, 0, 32, of="nemotron"))
+    report = doctor.examine(Plan(repeats=1, rounds=1, shapes=shapes, chain=1), clock=device.clock)
+    assert report.failed == []
+    ran = {(check.what, check.weights) for check in report.checks if not check.refused and check.what != "router"}
+    assert ran == {
+        (what, f"{weights} {form}")
+        for what in ("fused", "masked")
+        for weights in ("float", "4-bit")
+        for form in ("gated gelu_tanh", "plain relu2")
+        if (what, weights) != ("masked", "4-bit")
+    }
+
+
+def test_a_form_that_nobody_knows_waits_for_the_host_with_a_reason(device):
+    ffns = variants.make(SHAPES[0], 0, mx.float32)
+    ffns.big = SwitchGLU(32, 64, 4)
+    case = variants.Case([ffns], mx.float32, timed=True)
+    for check in variants.check_ffns(case, 1, TIMED, {}, device.clock):
+        assert check.refused.startswith("big: mlx_lm.models.switch_layers.SwitchGLU is not known as ")
+        assert (check.shape, check.weights) == ("32/SwitchGLU/32", "unknown/float")
+    assert not device.launched
+    decided = {decision.situation: decision for decision in doctor.decisions([case])}
+    one = decided["device knows the route, 1 token"]
+    assert one.strategy == "sync" and decided["device knows the routes, 8 tokens"].strategy == "sorted"
+    assert (
+        "SwitchGLU is not known" in one.passed_over["fused"] and "SwitchGLU is not known" in one.passed_over["masked"]
+    )
+
+
 @pytest.mark.parametrize("shape", variants.SHAPES, ids=str)
 def test_the_kernels_take_what_the_doctor_makes(shape):
     bits = 4 if shape.group else 0
     ffns = variants.make(shape, bits, mx.bfloat16)
     assert fused.refusal(ffns, 1, mx.bfloat16) is None
     case = variants.Case([ffns], mx.bfloat16, timed=False)
-    assert case.shape == str(shape) and case.weights == (f"{bits}-bit" if bits else "float")
+    form = {"gemma2": " gated gelu_tanh", "nemotron": " plain relu2"}.get(shape.of, "")
+    assert case.shape == str(shape) and case.weights == (f"{bits}-bit" if bits else "float") + form
     assert isinstance(ffns, BigOnlyFFN) == (not shape.small)
 
 

@@ -97,7 +97,7 @@ def test_a_directory_holds_what_pytorch_users_expect(duo, tmp_path):
     assert config["default_draft"] == "BssB"
 
 
-@pytest.mark.parametrize("names", [name for name in NAMES if name not in ("canonical", "gguf")])
+@pytest.mark.parametrize("names", [name for name in NAMES if name != "canonical"])
 def test_other_names_come_back_through_their_map(duo, tmp_path, names):
     directory, state = duo("float16", mlp_bias=True, attention_bias=True)
     export(directory, tmp_path / "duo.pt", names=names)

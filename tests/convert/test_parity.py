@@ -2,22 +2,21 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from mlx.utils import tree_flatten
+from click.testing import CliRunner
 
-from duo_mlx import checkpoint
+from duo_mlx import checkpoint, guard
+from duo_mlx.cli import main
 from duo_mlx.convert import parity, stored
 from duo_mlx.convert.export import export
 from duo_mlx.convert.parity import Parity
 from duo_mlx.convert.quantise import quantise
 from duo_mlx.convert.tensors import Tensor
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Model
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "small_intermediate_size": 32}
 VARIANTS = [
@@ -27,6 +26,7 @@ VARIANTS = [
     {"num_key_value_heads": 4, "rope_traditional": True},
     {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
 ]
+SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention"] * 4}
 LAYER_TYPES = ["sliding_attention", "full_attention"] * 2
 
 
@@ -163,32 +163,13 @@ def test_a_wrong_export_is_found(saved, tmp_path):
     assert len(parity.failures(parity.measure_export(tmp_path / "out.pt", directory, tokens=24))) == 4
 
 
-@pytest.mark.parametrize("changes", [*VARIANTS, {"sliding_window": 5, "layer_types": LAYER_TYPES}])
-def test_all_big_agrees_with_the_dense_model(saved, llama_twin, monkeypatch, changes):
-    directory, model = saved(**changes)
-    dense = {name: Tensor.of(value) for name, value in tree_flatten(llama_twin(model).parameters())}
-    config = config_of(directory) | {"model_type": "llama"}
-    config["tie_word_embeddings"] = changes.get("tie_word_embeddings", True)
+@pytest.mark.parametrize("changes", [*VARIANTS, {"sliding_window": 5, "layer_types": LAYER_TYPES}, SLIDING])
+def test_all_big_agrees_with_the_base(saved, monkeypatch, changes):
+    directory, _ = saved(**changes)
     monkeypatch.setitem(__import__("sys").modules, "torch", None)  # a graft is verified without
-    assert agrees(parity.measure_dense(directory, dense, config, tokens=24), ["big"])
-    wrong = spoiled(dense, "model.layers.2.mlp.gate_proj.weight")
-    assert parity.failures(parity.measure_dense(directory, wrong, config, tokens=24))
-    del dense["model.norm.weight"]
-    with pytest.raises(DuoError, match=r"--verify: the dense model cannot be made: .*model.norm.weight"):
-        parity.measure_dense(directory, dense, config)
-
-
-def test_a_dense_model_whose_attention_slides_everywhere_is_verified_within_its_window(saved, llama_twin):
-    """mlx-lm's llama cannot be made with that; Mistral's first models have it."""
-    sliding = {"sliding_window": 5, "layer_types": ["sliding_attention"] * 4}
-    directory, model = saved(**sliding)
-    full = Model(replace(model.config, sliding_window=None, layer_types=()))
-    full.update(model.parameters())
-    dense = {name: Tensor.of(value) for name, value in tree_flatten(llama_twin(full).parameters())}
-    config = config_of(directory) | {"model_type": "llama"}
-    assert agrees(parity.measure_dense(directory, dense, config, tokens=24), ["big"])
-    wrong = spoiled(dense, "model.layers.2.mlp.gate_proj.weight")
-    assert parity.failures(parity.measure_dense(directory, wrong, config, tokens=24))
+    assert agrees(parity.measure_dense(directory, tokens=24), ["big"])
+    monkeypatch.setattr(guard, "all_big", lambda model, tokens: model(tokens, routes=[2, 2, 1, 2]))
+    assert parity.failures(parity.measure_dense(directory, tokens=24))
 
 
 def test_a_row_is_what_pytorch_computes():
@@ -226,3 +207,15 @@ def test_what_the_reference_cannot_do_is_said(saved, monkeypatch):
     monkeypatch.delitem(__import__("sys").modules, "duo_mlx.convert.reference")
     with pytest.raises(DuoError, match=r"--verify needs PyTorch: pip install 'duo-mlx\[torch\]'"):
         parity.measure(directory, config_of(directory), tensors(model))
+
+
+@pytest.mark.parametrize("what", ["convert", "quantise", "export"])
+def test_what_the_reference_lacks_is_refused_before_the_work(saved, monkeypatch, tmp_path, what):
+    window = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
+    directory, _ = saved(**window)
+    monkeypatch.setattr("duo_mlx.convert.directory.write_weights", lambda *_, **__: pytest.fail("it was written"))
+    monkeypatch.setattr("duo_mlx.convert.export.write_weights", lambda *_, **__: pytest.fail("it was written"))
+    options = {"convert": [], "quantise": ["--bits", "4"], "export": ["--to", "torch"]}[what]
+    arguments = ["convert", str(directory), str(tmp_path / "out"), "--verify", *options]
+    result = CliRunner().invoke(main, arguments, prog_name="duo-mlx")
+    assert result.exit_code == 2 and "--verify: the PyTorch reference knows no sliding_attention" in result.stderr

@@ -18,7 +18,6 @@ from duo_mlx.convert.inspection import describe
 from duo_mlx.convert.readers import open_checkpoint
 from duo_mlx.convert.reference import DuoConfig, DuoModel
 from duo_mlx.convert.tensors import Tensor, to_mlx, to_torch
-from duo_mlx.errors import DuoError
 from duo_mlx.router import Recorder
 
 LAYERS, HIDDEN = 4, 16
@@ -338,9 +337,3 @@ def test_choices_that_make_no_sense(made, tmp_path, options, line):
     directory, _ = made(router_choices="")
     said = refused(directory, tmp_path, *options)
     assert line.format(directory) in said and said.count("\n") == 1
-
-
-def test_gguf_has_no_name_for_a_router():
-    router = {"model.layers.0.mlp.router.weight": Tensor.of(mx.zeros((2, HIDDEN)))}
-    with pytest.raises(DuoError, match="mlp.router.weight: GGUF has no name for it; a Duo can be written as canonical"):
-        keymaps.named("gguf").from_canonical(router, {})

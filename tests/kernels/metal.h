@@ -168,7 +168,7 @@ inline float abs(float x) { return std::fabs(x); }
 
 namespace precise {
 inline float exp(float x) { return std::exp(x); }
-inline float rsqrt(float x) { return 1 / std::sqrt(x); }
+inline float tanh(float x) { return std::tanh(x); }
 }  // namespace precise
 
 // Summed in the order of the lanes, so that a result does not depend on the order in which lanes ran.

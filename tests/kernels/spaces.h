@@ -24,7 +24,7 @@ T max(T a, T b);
 float abs(float);
 namespace precise {
 float exp(float);
-float rsqrt(float);
+float tanh(float);
 }  // namespace precise
 float simd_sum(float);
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };

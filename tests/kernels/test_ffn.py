@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from duo_mlx import forms
 from duo_mlx.kernels import fused
 
 # Formats of big and small, "gate and up, down"; then sizes: hidden, width of big, width of small.
@@ -24,10 +25,21 @@ ODD = {
     "no small": ("float+bias, float+bias", None, [(27, 45, 45)]),
     "no small, quantised": ("q4g32, q4g32", None, [(64, 64, 64)]),
 }
-CASES = FORMATS | ODD
+FORMS = {
+    **{f"gated {name}": (f"float+bias, float, gated {name}", f"float, float, gated {name}", [(27, 45, 11)])
+       for name in forms.ACTIVATIONS},
+    **{f"plain {name}": (f"float+bias, float+bias, plain {name}", f"float, float, gated {name}", [(27, 45, 11)])
+       for name in forms.ACTIVATIONS},
+    "plain, no small": ("q4g32+bias, float, plain relu2", None, [(32, 37, 37)]),
+    "plain small": ("q8g32, q4g32, gated gelu_tanh", "float, q4g32, plain gelu", [(64, 96, 32)]),
+    "two activations": ("float, float, gated relu", "float, float", [(27, 45, 11)]),
+}  # fmt: skip
+CASES = FORMATS | ODD | FORMS
 # case, dtype, batch and tokens
 RUNS = [(case, dtype, (1, 1)) for case in FORMATS for dtype in (mx.float32, mx.float16, mx.bfloat16)]
 RUNS += [(case, mx.float32, (1, 1)) for case in ODD]
+RUNS += [(case, mx.float32, (1, 2)) for case in FORMS]
+RUNS += [("gated gelu_tanh", mx.bfloat16, (1, 1)), ("plain relu2", mx.float16, (1, 1))]
 RUNS += [("float", mx.float32, (1, 2)), ("float", mx.float32, (3, 1)), ("float", mx.float32, (1, 7))]
 RUNS += [("q4g64", mx.float32, (2, 1)), ("q4g64", mx.float32, (1, 4)), ("q4g64", mx.float16, (1, 7))]
 RUNS += [("small's down is float", mx.float32, (1, 3)), ("small's down is float", mx.bfloat16, (1, 8))]
@@ -70,7 +82,7 @@ def routes_for(shape):
 
 def inputs_for(hidden, shape, dtype):
     random = np.random.default_rng(3)
-    return [mx.array(random.standard_normal((*shape, hidden)), dtype) for _ in range(2)]
+    return mx.array(random.standard_normal((*shape, hidden)), dtype)
 
 
 def check_counts(runs, ffns, route):
@@ -87,7 +99,8 @@ def check_counts(runs, ffns, route):
         for name, array in run.launch.inputs:
             if name.startswith(("big_", "small_")):
                 module, projection, *part = name.split("_")
-                stored = (part[0] if part else "weight") in getattr(getattr(ffns, module), f"{projection}_proj")
+                linears = getattr(ffns, module)
+                stored = (part[0] if part else "weight") in linears.get(f"{projection}_proj", {})
                 needed = stored and {"big": 2, "small": 1}[module] in taken
                 assert run.counts[name].touched == (array.size if needed else 0), name
                 if needed and not part:
@@ -99,13 +112,14 @@ def check_counts(runs, ffns, route):
 def verify(emulated, ffns, expected, close, shape, dtype):
     """Everything that must hold of the two kernels, for all routes of a shape."""
     hidden = ffns.big.down_proj.weight.shape[0]
-    small_width = ffns.small.gate_proj.weight.shape[0]
-    x, residual = inputs_for(hidden, shape, dtype)
+    small_width = ffns.small.up_proj.weight.shape[0]
+    x = inputs_for(hidden, shape, dtype)
     for route in routes_for(shape):
         emulated.runs.clear()
-        out = fused.ffn(ffns, x, mx.array(route), residual)
+        out = fused.ffn(ffns, x, mx.array(route))
         assert (out.dtype, out.shape) == (dtype, x.shape)
-        close(out, expected(ffns, x, route, residual))
+        close(out, expected(ffns, x, route))
+        assert (np.array(out.astype(mx.float32))[route == 0] == 0).all()
         inner = np.array(emulated.runs[0].outputs[0].astype(mx.float32)).reshape(*shape, -1)
         assert not np.isnan(inner).any()
         assert (inner[route == 0] == 0).all()
@@ -113,7 +127,7 @@ def verify(emulated, ffns, expected, close, shape, dtype):
         check_counts(emulated.runs, ffns, route)
     for order in ("reverse", "shuffled"):
         emulated.order = order
-        assert mx.array_equal(fused.ffn(ffns, x, mx.array(route), residual), out)
+        assert mx.array_equal(fused.ffn(ffns, x, mx.array(route)), out)
     emulated.order = "forward"
 
 
@@ -132,7 +146,7 @@ def test_large_and_small_values(ffns_of):
     ffns.big.gate_proj.weight, ffns.big.up_proj.weight = mx.array([[1.0, 0.0]]), mx.array([[0.0, 1.0]])
     ffns.big.down_proj.weight = mx.array([[1.0], [0.0]])
     x = mx.array([[[200.0, 1.0], [-200.0, 1.0], [0.0, 1.0], [float("nan"), 1.0]]])
-    out = np.array(fused.ffn(ffns, x, mx.array([[2, 2, 2, 2]]), mx.zeros_like(x)))
+    out = np.array(fused.ffn(ffns, x, mx.array([[2, 2, 2, 2]])))
     assert out[0, :3, 0].tolist() == [200, 0, 0]
     assert np.isnan(out[0, 3, 0])
 
@@ -140,18 +154,18 @@ def test_large_and_small_values(ffns_of):
 @pytest.mark.usefixtures("emulated")
 def test_routes_of_any_integer_type_and_strided_inputs(ffns_of, expected, close):
     ffns = ffns_of(27, (45, "float", "float"), (11, "float", "float"), mx.float32)
-    x, residual = inputs_for(27, (2, 3), mx.float32)
+    x = inputs_for(27, (2, 3), mx.float32)
     route = np.array([[2, 0, 1], [1, 2, 2]])
-    wanted = expected(ffns, x, route, residual)
+    wanted = expected(ffns, x, route)
     turned = mx.contiguous(x.transpose(1, 0, 2)).transpose(1, 0, 2)
     for dtype in (mx.uint8, mx.int32, mx.int64):
-        close(fused.ffn(ffns, turned, mx.array(route, dtype), residual), wanted)
+        close(fused.ffn(ffns, turned, mx.array(route, dtype)), wanted)
 
 
 # What is changed in the source, and in what it turns that; each must be noticed.
 MUTATIONS = {
     "zeros are not written": ("inner[row * big_width + i] = static_cast<T>(0.0f);", ""),
-    "skipped rows are not written": ("out[at] = residual[at];", ""),
+    "skipped rows are not written": ("out[at] = static_cast<T>(0.0f);", ""),
     "wrong bits of a word": ("& (LOWEST << (BITS * (i % PER_WORD)))", "& (LOWEST << (BITS * (i % PER_WORD ^ 1)))"),
     "wrong scale of a value": ("1.0f / static_cast<float>(1u << (BITS * (i % PER_WORD)))", "1.0f"),
     "no bias of a group": (" + bias[column] * total", ""),

@@ -13,9 +13,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 
+from duo_mlx import forms
 from duo_mlx.kernels import fused, launch
 
 HERE = Path(__file__).parent
@@ -26,14 +26,22 @@ LAYERS = {
     "mixed-float16-8": (64, (96, "q8g32", "q8g32"), (13, "q8g32", "float"), mx.float16, 8),
     "float-float32-3": (27, (45, "float+bias", "float+bias"), (11, "float", "float"), mx.float32, 3),
     "no-small-float16-2": (2, (3, "float", "float"), None, mx.float16, 2),
+    **{
+        f"{activation}-bfloat16-2": (
+            64,
+            (96, "q4g32", "q4g32", f"plain {activation}"),
+            (32, "float", "float", f"gated {activation}"),
+            mx.bfloat16,
+            2,
+        )
+        for activation in forms.ACTIVATIONS
+    },
 }
 
 
 def router_source(dtype, hidden):
-    h, weight = mx.zeros((1, hidden), dtype), mx.zeros((2, hidden), dtype)
-    norm = nn.RMSNorm(hidden)
-    norm.set_dtype(dtype)
-    return launch.source(fused.router(h, norm, weight, mx.zeros(2), (1, 2)))
+    x, weight = mx.zeros((1, hidden), dtype), mx.zeros((2, hidden), dtype)
+    return launch.source(fused.router(x, weight, mx.zeros(2), (1, 2)))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,9 @@ def sources(ffns_of):
     return made
 
 
-@pytest.mark.parametrize("name", ["route-bfloat16", "up-q4g64-bfloat16-1", "down-mixed-float16-8"])
+@pytest.mark.parametrize(
+    "name", ["route-bfloat16", "up-q4g64-bfloat16-1", "up-relu2-bfloat16-2", "down-mixed-float16-8"]
+)
 def test_the_source_is_what_was_reviewed(sources, name):
     file = SNAPSHOTS / f"{name}.metal"
     if os.environ.get("DUO_MLX_SNAPSHOTS") == "write":
@@ -105,16 +115,16 @@ def test_address_spaces_and_signatures_agree(sources):
 
 
 def test_an_address_space_or_a_name_that_is_wrong_is_found(sources):
-    """In the source of the router, whose eps is a single number and its norm's weight many."""
+    """In the source of the router, which has few offsets and many weights."""
     source = sources["route-float32"]
     for added, error in {
-        "const constant float* one = eps; (void)one;": "",
-        "const device float* many = norm; (void)many;": "",
-        "const device float* one = eps; (void)one;": "cannot initialize a variable",
-        "const constant float* many = norm; (void)many;": "cannot initialize a variable",
+        "const constant float* one = offsets; (void)one;": "",
+        "const device float* many = weight; (void)many;": "",
+        "const device float* one = offsets; (void)one;": "cannot initialize a variable",
+        "const constant float* many = weight; (void)many;": "cannot initialize a variable",
         "(void)simd_product(1.0f);": "undeclared identifier 'simd_product'",
     }.items():
-        said = clang_says(source.replace("const float factor", f"{added}\nconst float factor"))
+        said = clang_says(source.replace("int taken", f"{added}\nint taken"))
         assert error in said if error else said == "", said
 
 
@@ -126,18 +136,17 @@ def test_buffers_are_no_more_than_metal_has(sources):
 def test_a_routed_layer_is_three_dispatches(ffns_of, tmp_path, prefilled):
     """Of the kernels' primitives, counted in the graph; and there is no other."""
     ffns = ffns_of(64, (128, "q4g64", "q4g64"), (64, "q4g64", "q4g64"), mx.float32)
-    norm, weight, offsets = nn.RMSNorm(64), mx.zeros((2, 64)), mx.zeros(2)
+    weight, offsets = mx.zeros((2, 64)), mx.zeros(2)
     counted = Counter()
 
-    def layer(h):
+    def layer(x):
         with launch.prefilled_with_nan() if prefilled else nullcontext():
-            x, route = fused.decide(h, norm, weight, offsets, (1, 2))
-            out = fused.ffn(ffns, x, route, h)
+            out = fused.ffn(ffns, x, fused.decide(x, weight, offsets, (1, 2)))
         file = io.StringIO()
         mx.export_to_dot(file, out)
         counted.update(re.findall(r'\[label ="([^"]*)", shape=rectangle\]', file.getvalue()))
         return out
 
-    mx.eval(norm.parameters(), weight, offsets, ffns.big.parameters(), ffns.small.parameters())
+    mx.eval(weight, offsets, ffns.big.parameters(), ffns.small.parameters())
     mx.export_function(str(tmp_path / "layer.mlxfn"), layer, mx.zeros((1, 64)))
     assert counted == {"CustomKernel": 3}

@@ -150,7 +150,7 @@ def test_where_the_file_is(monkeypatch):
 def test_a_changed_kernel_is_another_machine(monkeypatch):
     assert verdicts.machine.__wrapped__() == verdicts.machine()
     read = Path.read_bytes
-    for changed in ("up.metal", "common.metal", "fused.py", "masked.py"):
+    for changed in ("up.metal", "common.metal", "fused.py", "masked.py", "forms.py"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_bytes", lambda path, changed=changed: read(path) + b" " * (path.name == changed))
             assert verdicts.machine.__wrapped__() != verdicts.machine(), changed

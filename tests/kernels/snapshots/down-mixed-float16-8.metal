@@ -178,7 +178,7 @@ inline void multiply(
 
 }  // namespace duo
 
-// down: out = residual + inner down (+ bias) of the module that a row's route names; out = residual where it skips.
+// down: out = inner down (+ bias) of the module that a row's route names, and zeros where it skips.
 //
 // Divided up as up.metal is: a simdgroup makes COLUMNS columns of all rows, and there is no barrier.
 
@@ -195,7 +195,6 @@ template <
     typename W,
     typename S,
     typename B,
-    typename R,
     typename Y>
 inline void down_columns(
     X inner,
@@ -209,7 +208,6 @@ inline void down_columns(
     int column,
     uint needed,
     int lane,
-    R residual,
     Y out) {
   float sums[ROWS * COLUMNS];
   multiply<BITS, GROUP, ROWS, COLUMNS>(
@@ -226,8 +224,7 @@ inline void down_columns(
         if constexpr (BIAS) {
           sum += static_cast<float>(bias[column + i]);
         }
-        const int at = row * hidden + column + i;
-        out[at] = static_cast<T>(static_cast<float>(residual[at]) + sum);
+        out[row * hidden + column + i] = static_cast<T>(sum);
       }
     }
   }
@@ -236,22 +233,21 @@ inline void down_columns(
 }  // namespace duo
 
 template <typename T, int ROWS, int COLUMNS, bool SHARED, int BIG_BITS, int BIG_GROUP, bool BIG_BIAS, int SMALL_BITS, int SMALL_GROUP, bool SMALL_BIAS>
-[[kernel]] void custom_kernel_duo_down__float16_t_8_2_0_8_32_0_0_0_0_float16_t_uint32_t_float16_t_uint32_t_float16_t_float16_t_float16_tc_float16_t_float16_tc_float16_tc_float16_tc_float16_t(
+[[kernel]] void custom_kernel_duo_down__float16_t_8_2_0_8_32_0_0_0_0_float16_t_uint32_t_uint32_t_float16_t_float16_t_float16_tc_float16_t_float16_tc_float16_tc_float16_tc_float16_t(
   const device float16_t* inner [[buffer(0)]],
   const constant int* inner_shape [[buffer(1)]],
   const device uint32_t* route [[buffer(2)]],
-  const device float16_t* residual [[buffer(3)]],
-  const device uint32_t* big_down [[buffer(4)]],
-  const constant int* big_down_shape [[buffer(5)]],
-  const device float16_t* big_down_scales [[buffer(6)]],
-  const device float16_t* big_down_biases [[buffer(7)]],
-  const constant float16_t* big_down_bias [[buffer(8)]],
-  const device float16_t* small_down [[buffer(9)]],
-  const constant int* small_down_shape [[buffer(10)]],
-  const constant float16_t* small_down_scales [[buffer(11)]],
-  const constant float16_t* small_down_biases [[buffer(12)]],
-  const constant float16_t* small_down_bias [[buffer(13)]],
-  device float16_t* out [[buffer(14)]],
+  const device uint32_t* big_down [[buffer(3)]],
+  const constant int* big_down_shape [[buffer(4)]],
+  const device float16_t* big_down_scales [[buffer(5)]],
+  const device float16_t* big_down_biases [[buffer(6)]],
+  const constant float16_t* big_down_bias [[buffer(7)]],
+  const device float16_t* small_down [[buffer(8)]],
+  const constant int* small_down_shape [[buffer(9)]],
+  const constant float16_t* small_down_scales [[buffer(10)]],
+  const constant float16_t* small_down_biases [[buffer(11)]],
+  const constant float16_t* small_down_bias [[buffer(12)]],
+  device float16_t* out [[buffer(13)]],
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
@@ -273,18 +269,18 @@ if constexpr (SHARED) {  // small is another word for big
 if (big != 0) {
   duo::down_columns<T, BIG_BITS, BIG_GROUP, BIG_BIAS, ROWS, COLUMNS>(
       inner, big_width, big_down, big_down_scales, big_down_biases, big_down_bias, big_width, hidden, column, big, lane,
-      residual, out);
+      out);
 }
 if (small != 0) {
   duo::down_columns<T, SMALL_BITS, SMALL_GROUP, SMALL_BIAS, ROWS, COLUMNS>(
       inner, big_width, small_down, small_down_scales, small_down_biases, small_down_bias, small_width, hidden, column,
-      small, lane, residual, out);
+      small, lane, out);
 }
-if (lane == 0) {
+if (lane == 0) {  // outputs come uninitialised
   for (int row = 0; row < rows; row++) {
     if (!duo::has(big | small, row)) {
       for (int at = row * hidden + column; at < row * hidden + min(column + COLUMNS, hidden); at++) {
-        out[at] = residual[at];
+        out[at] = static_cast<T>(0.0f);
       }
     }
   }
@@ -292,5 +288,5 @@ if (lane == 0) {
 
 }
 
-template [[host_name("custom_kernel_duo_down__float16_t_8_2_0_8_32_0_0_0_0_float16_t_uint32_t_float16_t_uint32_t_float16_t_float16_t_float16_tc_float16_t_float16_tc_float16_tc_float16_tc_float16_t")]] [[kernel]] decltype(custom_kernel_duo_down__float16_t_8_2_0_8_32_0_0_0_0_float16_t_uint32_t_float16_t_uint32_t_float16_t_float16_t_float16_tc_float16_t_float16_tc_float16_tc_float16_tc_float16_t<float16_t, 8, 2, 0, 8, 32, 0, 0, 0, 0>) custom_kernel_duo_down__float16_t_8_2_0_8_32_0_0_0_0_float16_t_uint32_t_float16_t_uint32_t_float16_t_float16_t_float16_tc_float16_t_float16_tc_float16_tc_float16_tc_float16_t<float16_t, 8, 2, 0, 8, 32, 0, 0, 0, 0>;
+template [[host_name("custom_kernel_duo_down__float16_t_8_2_0_8_32_0_0_0_0_float16_t_uint32_t_uint32_t_float16_t_float16_t_float16_tc_float16_t_float16_tc_float16_tc_float16_tc_float16_t")]] [[kernel]] decltype(custom_kernel_duo_down__float16_t_8_2_0_8_32_0_0_0_0_float16_t_uint32_t_uint32_t_float16_t_float16_t_float16_tc_float16_t_float16_tc_float16_tc_float16_tc_float16_t<float16_t, 8, 2, 0, 8, 32, 0, 0, 0, 0>) custom_kernel_duo_down__float16_t_8_2_0_8_32_0_0_0_0_float16_t_uint32_t_uint32_t_float16_t_float16_t_float16_tc_float16_t_float16_tc_float16_tc_float16_tc_float16_t<float16_t, 8, 2, 0, 8, 32, 0, 0, 0, 0>;
 

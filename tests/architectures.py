@@ -1,0 +1,430 @@
+"""One table of the architectures that mlx-lm ships, with a tiny configuration each.
+
+Tests of hosting run over it, and ``.ci/architectures.py`` writes docs/architectures.md from it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 96,
+    "rms_norm_eps": 1e-5,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TIED = {**COMMON, "tie_word_embeddings": True}
+FOUR = {**COMMON, "num_hidden_layers": 4}
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1}
+ROUTED |= {"norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 2, "topk_group": 1}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "n_ctx": 128, "vocab_size": 96}
+SCALES = {"embedding_multiplier": 2.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.25}
+PLAIN = {"attention_bias": False, "mlp_bias": False}
+YARN = {"factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
+SCALED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+DEEP = {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, **YARN}
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+LINEAR |= {"linear_conv_kernel_dim": 3, "partial_rotary_factor": 0.5, "full_attention_interval": 2}
+MAMBA = {"mamba_d_conv": 4, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_n_heads": 8, "mamba_d_head": 16}
+GEMMA3N = {
+    **COMMON,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 96,
+    "rope_local_base_freq": 1.0,
+    "final_logit_softcapping": 30.0,
+    "activation_sparsity_pattern": [0.5] * 4,
+    "hidden_size_per_layer_input": 32,
+    "altup_num_inputs": 4,
+    "altup_coef_clip": 120.0,
+    "altup_correct_scale": True,
+    "altup_active_idx": 0,
+    "laurel_rank": 8,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "model_type": "gemma3n",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One ``model_type``.
+
+    Args:
+        config: a tiny config.json.
+        known: models that people know, for the docs.
+        both: whether transformers has it and gives the same numbers.
+        opens: whether its layers run one by one, which oracle, pattern search and graft need.
+        refused: why no Duo can be hosted in it; empty: it can.
+    """
+
+    config: dict[str, Any]
+    known: str = ""
+    both: bool = False
+    opens: bool = True
+    refused: str = ""
+
+
+def _both(config: dict[str, Any], known: str) -> Architecture:
+    return Architecture(config, known, both=True)
+
+
+NO_FFN = "its layers have no FFN"
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _both(
+        {**COMMON, "rope_scaling": {"rope_type": "llama3", **SCALED}}, "Llama 1 to 3.3, SmolLM2, Yi, Vicuna"
+    ),
+    "mistral": _both({**COMMON, "sliding_window": None}, "Mistral 7B, Nemo"),
+    "ministral3": Architecture(
+        {
+            **COMMON,
+            "rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 32},
+        },
+        "Ministral 3",
+    ),
+    "mistral3": Architecture({**COMMON, "text_config": {**COMMON, "model_type": "mistral"}}, "Mistral Small 3 (text)"),
+    "qwen2": _both(COMMON, "Qwen2, Qwen2.5, R1-Distill-Qwen"),
+    "qwen3": _both(COMMON, "Qwen3 0.6B to 32B"),
+    "gemma": _both(TIED, "Gemma 1"),
+    "gemma2": _both({**TIED, "query_pre_attn_scalar": 16, "sliding_window": 64}, "Gemma 2"),
+    "gemma3_text": _both(
+        {**TIED, "query_pre_attn_scalar": 16, "sliding_window": 8, "sliding_window_pattern": 3}, "Gemma 3 270M, 1B"
+    ),
+    "gemma3": Architecture(
+        {
+            **COMMON,
+            "text_config": {
+                **TIED,
+                "model_type": "gemma3_text",
+                "query_pre_attn_scalar": 16,
+                "sliding_window": 8,
+                "sliding_window_pattern": 3,
+            },
+        },
+        "Gemma 3 4B to 27B (text)",
+    ),
+    "gemma3n": Architecture({**COMMON, "num_hidden_layers": 4, "text_config": GEMMA3N}, "Gemma 3n", opens=False),
+    "phi": _both({**COMMON, "partial_rotary_factor": 0.5, "num_key_value_heads": 4}, "Phi-1, Phi-2"),
+    "phi3": _both({**COMMON, "original_max_position_embeddings": 128}, "Phi-3, Phi-4"),
+    "gpt2": _both({**GPT2, "layer_norm_epsilon": 1e-5, "bos_token_id": 1, "eos_token_id": 2}, "GPT-2"),
+    "gpt_bigcode": _both(
+        {**GPT2, "layer_norm_epsilon": 1e-5, "n_inner": 256, "attention_softmax_in_fp32": True}, "StarCoder"
+    ),
+    "gpt_neox": _both({**COMMON, "intermediate_size": 256, "rotary_pct": 0.25, "rotary_emb_base": 10000}, "Pythia"),
+    "qwen2_moe": _both({**COMMON, **EXPERTS, "shared_expert_intermediate_size": 64}, "Qwen1.5-MoE"),
+    "qwen3_moe": _both(
+        {**COMMON, **EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [1], "norm_topk_prob": True}, "Qwen3 30B-A3B"
+    ),
+    "mixtral": _both({**COMMON, **EXPERTS}, "Mixtral 8x7B"),
+    "olmoe": _both({**COMMON, **EXPERTS, "norm_topk_prob": False}, "OLMoE"),
+    "granitemoe": _both({**COMMON, **EXPERTS, **SCALES, "attention_bias": False}, "Granite 3 MoE"),
+    "gpt_oss": _both(
+        {
+            **COMMON,
+            **EXPERTS,
+            **WINDOWS,
+            "max_position_embeddings": 131072,
+            "rope_scaling": {"rope_type": "yarn", "truncate": False, **YARN},
+        },
+        "gpt-oss 20B, 120B",
+    ),
+    "olmo2": _both(COMMON, "OLMo 2"),
+    "olmo3": _both({**COMMON, **WINDOWS, "rope_theta": 500000.0}, "OLMo 3"),
+    "cohere": _both(TIED | {"logit_scale": 0.25}, "Command R"),
+    "cohere2": _both(
+        {**TIED, "sliding_window": 8, "sliding_window_pattern": 3, "logit_scale": 0.25}, "Command R7B, Command A"
+    ),
+    "granite": _both({**COMMON, **SCALES, **PLAIN}, "Granite 3"),
+    "starcoder2": _both({**COMMON, "norm_epsilon": 1e-5, "sliding_window": None}, "StarCoder2"),
+    "stablelm": _both({**COMMON, "partial_rotary_factor": 0.25, "use_qkv_bias": True}, "StableLM"),
+    "glm4": _both({**COMMON, "attention_bias": True, "partial_rotary_factor": 0.5}, "GLM-4 9B, 32B"),
+    "exaone4": _both({**COMMON, **WINDOWS, "sliding_window_pattern": "LLG", "rope_scaling": None}, "EXAONE 4"),
+    "smollm3": _both({**COMMON, "no_rope_layer_interval": 2}, "SmolLM3"),
+    "internlm3": _both(COMMON, "InternLM3"),
+    "seed_oss": _both({**COMMON, **PLAIN, "attention_out_bias": False}, "Seed-OSS"),
+    "helium": _both({**COMMON, **PLAIN}, "Helium"),
+    "nemotron": _both(
+        {**COMMON, "hidden_act": "relu2", "norm_eps": 1e-5, "partial_rotary_factor": 0.5}, "Nemotron-4, Minitron"
+    ),
+    "ernie4_5": _both({**TIED, "use_bias": False}, "ERNIE 4.5 0.3B"),
+    "hunyuan_v1_dense": _both({**COMMON, "attention_bias": False, "use_qk_norm": True}, "Hunyuan dense"),
+    "opt": _both(
+        {
+            "hidden_size": 64,
+            "ffn_dim": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "vocab_size": 96,
+            "max_position_embeddings": 128,
+            "word_embed_proj_dim": 64,
+            "tie_word_embeddings": True,
+        },
+        "OPT 125M to 66B",
+    ),
+    "minicpm": Architecture({**COMMON, "dim_model_base": 32, "scale_depth": 1.4, "scale_emb": 2.0}, "MiniCPM 1, 2"),
+    "minicpm3": Architecture(
+        {
+            **COMMON,
+            **LATENT,
+            "dim_model_base": 32,
+            "scale_depth": 1.4,
+            "scale_emb": 2.0,
+            "attention_bias": False,
+            "rope_scaling": {
+                "type": "longrope",
+                "original_max_position_embeddings": 64,
+                "short_factor": [1.0] * 4,
+                "long_factor": [1.0] * 4,
+            },
+        },
+        "MiniCPM3",
+    ),
+    "internlm2": Architecture({**COMMON, "bias": False}, "InternLM2"),
+    "glm": Architecture(COMMON, "GLM edge"),
+    "apertus": Architecture(
+        {**COMMON, "mlp_bias": True, "attention_bias": False, "post_norm": True, "qk_norm": True}, "Apertus"
+    ),
+    "baichuan_m1": Architecture(
+        {**FOUR, "sliding_window": 8, "sliding_window_layers": [0, 2], "conv_window": 2}, "Baichuan M1"
+    ),
+    "exaone": Architecture({**COMMON, "num_layers": 3, "layer_norm_epsilon": 1e-5}, "EXAONE 3"),
+    "hunyuan": Architecture(
+        {
+            **COMMON,
+            "attention_bias": False,
+            "moe_topk": 2,
+            "num_experts": 4,
+            "num_shared_expert": 1,
+            "use_mixed_mlp_moe": True,
+            "use_qk_norm": True,
+            "use_cla": False,
+            "cla_share_factor": 2,
+            "moe_intermediate_size": 64,
+            "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"},
+        },
+        "Hunyuan Large",
+        opens=False,
+    ),
+    "mimo": Architecture({**COMMON, "num_nextn_predict_layers": 1}, "MiMo 7B"),
+    "plamo": Architecture({**COMMON, "n_shared_head": 2}, "PLaMo"),
+    "qwen": Architecture({**COMMON, "layer_norm_epsilon": 1e-5, "kv_channels": 16}, "Qwen 1"),
+    "telechat3": Architecture(COMMON, "TeleChat3"),
+    "youtu_llm": Architecture({**COMMON, **LATENT}, "Youtu-LLM"),
+    "gptj": Architecture({**GPT2, "n_inner": 96, "rotary_dim": 8, "layer_norm_epsilon": 1e-5}, "GPT-J"),
+    "nanochat": Architecture({**COMMON, "num_key_value_heads": 2}, "nanochat"),
+    "openelm": Architecture(
+        {
+            "model_dim": 64,
+            "num_transformer_layers": 3,
+            "head_dim": 16,
+            "vocab_size": 96,
+            "ffn_dim_divisor": 32,
+            "ffn_multipliers": [1.0, 1.5, 2.0],
+            "num_query_heads": [4] * 3,
+            "num_kv_heads": [2] * 3,
+            "ffn_with_glu": True,
+            "normalize_qk_projections": True,
+            "share_input_output_layers": True,
+            "rms_norm_eps": 1e-5,
+            "rope_freq_constant": 10000,
+        },
+        "OpenELM",
+    ),
+    "lille-130m": Architecture(
+        {**GPT2, "block_size": 128, "n_kv_heads": 2, "rope_theta": 1e4, "layer_norm_eps": 1e-5}, "Lille"
+    ),
+    "deepseek": Architecture({**COMMON, **ROUTED}, "DeepSeek-MoE 16B"),
+    "deepseek_v2": Architecture(
+        {
+            **COMMON,
+            **ROUTED,
+            **LATENT,
+            "topk_method": "group_limited_greedy",
+            "num_key_value_heads": 4,
+            "rope_scaling": DEEP,
+        },
+        "DeepSeek-V2",
+    ),
+    "deepseek_v3": Architecture(
+        {**COMMON, **ROUTED, **LATENT, "topk_method": "noaux_tc", "num_key_value_heads": 4}, "DeepSeek-V3, R1"
+    ),
+    "dots1": Architecture({**COMMON, **ROUTED, "attention_bias": False, "rope_scaling": None}, "dots.llm1"),
+    "ernie4_5_moe": Architecture(
+        {**COMMON, "use_bias": False, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64}, "ERNIE 4.5 MoE"
+    ),
+    "bailing_moe": Architecture({**COMMON, **ROUTED, "use_bias": False, "use_qkv_bias": False}, "Ling, Ring"),
+    "glm4_moe": Architecture(
+        {
+            **COMMON,
+            **ROUTED,
+            "use_qk_norm": True,
+            "attention_bias": False,
+            "partial_rotary_factor": 0.5,
+            "rope_scaling": None,
+        },
+        "GLM-4.5, 4.6",
+    ),
+    "glm4_moe_lite": Architecture(
+        {
+            **COMMON,
+            **ROUTED,
+            **LATENT,
+            "num_key_value_heads": 4,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "moe_layer_freq": 1,
+            "rope_scaling": None,
+            "attention_bias": False,
+            "partial_rotary_factor": 1.0,
+            "num_nextn_predict_layers": 1,
+        },
+        "GLM-4.7 Flash",
+    ),
+    "Klear": Architecture(
+        {**COMMON, **ROUTED, "attention_bias": False, "mlp_only_layers": [0], "decoder_sparse_step": 1}, "Klear"
+    ),
+    "afmoe": Architecture({**COMMON, **EXPERTS, **WINDOWS, "num_dense_layers": 1, "num_shared_experts": 1}, "Trinity"),
+    "exaone_moe": Architecture(
+        {
+            **COMMON,
+            **ROUTED,
+            **WINDOWS,
+            "num_shared_experts": 1,
+            "is_moe_layer": [False, True, True],
+        },
+        "K-EXAONE",
+    ),
+    "dbrx": Architecture(
+        {
+            "d_model": 64,
+            "n_layers": 3,
+            "n_heads": 4,
+            "vocab_size": 96,
+            "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        },
+        "DBRX",
+    ),
+    "phimoe": Architecture(
+        {
+            **COMMON,
+            **EXPERTS,
+            "rope_scaling": {
+                "long_factor": [1.0] * 8,
+                "short_factor": [1.0] * 8,
+                "long_mscale": 1.0,
+                "short_mscale": 1.0,
+                "original_max_position_embeddings": 64,
+                "type": "longrope",
+            },
+        },
+        "Phi-3.5-MoE",
+    ),
+    "minimax": Architecture(
+        {**COMMON, **EXPERTS, "shared_intermediate_size": 64, "rotary_dim": 8, "num_key_value_heads": 4}, "MiniMax M2"
+    ),
+    "lfm2": Architecture(
+        {
+            **FOUR,
+            "norm_eps": 1e-5,
+            "full_attn_idxs": [0, 2],
+            "block_dim": 64,
+            "block_ffn_dim_multiplier": 1.5,
+            "block_auto_adjust_ff_dim": True,
+            "block_ff_dim": 96,
+            "block_multiple_of": 32,
+            "conv_bias": True,
+            "conv_L_cache": 3,
+        },
+        "LFM2",
+    ),
+    "lfm2_moe": Architecture(
+        {
+            **FOUR,
+            **EXPERTS,
+            "norm_eps": 1e-5,
+            "full_attn_idxs": [0, 2],
+            "conv_bias": True,
+            "conv_L_cache": 3,
+            "num_dense_layers": 2,
+            "norm_topk_prob": True,
+            "use_expert_bias": True,
+        },
+        "LFM2 8B-A1B",
+    ),
+    "llama4_text": Architecture(
+        {**FOUR, "intermediate_size_mlp": 96, "no_rope_layers": [0, 0, 1, 1], "use_qk_norm": True}, "MobileLLM"
+    ),
+    "qwen3_next": Architecture(
+        {
+            **FOUR,
+            **EXPERTS,
+            **LINEAR,
+            "decoder_sparse_step": 1,
+            "shared_expert_intermediate_size": 64,
+            "mlp_only_layers": [0],
+            "norm_topk_prob": True,
+        },
+        "Qwen3-Next",
+    ),
+    "qwen3_5": Architecture({**FOUR, **LINEAR}, "Qwen3.5 (text)"),
+    "recurrent_gemma": Architecture(
+        {
+            **COMMON,
+            "attention_bias": False,
+            "conv1d_width": 3,
+            "logits_soft_cap": 30.0,
+            "attention_window_size": 16,
+            "block_types": ["recurrent", "recurrent", "attention"],
+            "embeddings_scale_by_sqrt_dim": True,
+        },
+        "RecurrentGemma",
+    ),
+    "falcon_h1": Architecture({**COMMON, **MAMBA, "mamba_d_ssm": 128, "projectors_bias": False}, "Falcon-H1"),
+    "granitemoehybrid": Architecture(
+        {
+            **FOUR,
+            **EXPERTS,
+            **SCALES,
+            **MAMBA,
+            "attention_bias": False,
+            "shared_intermediate_size": 64,
+            "mamba_proj_bias": False,
+            "mamba_conv_bias": False,
+            "layer_types": ["mamba", "attention"] * 2,
+        },
+        "Granite 4",
+    ),
+    "jamba": Architecture(
+        {
+            **FOUR,
+            **EXPERTS,
+            "attn_layer_offset": 1,
+            "attn_layer_period": 2,
+            "expert_layer_offset": 1,
+            "expert_layer_period": 2,
+            "mamba_d_conv": 4,
+            "mamba_d_state": 16,
+            "mamba_expand": 2,
+        },
+        "Jamba",
+    ),
+}
