@@ -9,7 +9,6 @@ train anew. Solving for what is left of a pruned layer goes back to Optimal Brai
 
 import hashlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from duo_mlx.convert.graft.importance import measure_metrics, token_weights
+from duo_mlx.convert.graft.importance import heard, measure_metrics, size
 from duo_mlx.convert.graft.layers import Layers, batches
 from duo_mlx.convert.graft.neurons import Neurons, active_width, name_neurons
 from duo_mlx.convert.graft.solve import Copyable, Moments, SmallFFN, solve
@@ -145,7 +144,7 @@ def _activation(layers: Layers, windows: NDArray[np.integer]) -> str:
     h = mx.array(layers.embed(windows[:1]))
     for index in range(len(layers)):
         with layers.in_float32(index):
-            h, x, _ = layers.open(index, h)
+            h, x, *_ = layers.open(index, h)
             if neurons := name_neurons(layers.big(index), x):
                 return neurons.activation
     return "silu"
@@ -175,57 +174,61 @@ class _Layer:
 
     def _carry_on(self, dense: NDArray[np.float32], routed: NDArray[np.float32], has_small: bool) -> None:
         layers, index = self.layers, self.index
-        random = np.random.default_rng([self.settings.seed, index])
-        drawn = random.random((*dense.shape[:2], 1)) < self.settings.small_share
-        inputs, said, before = np.empty_like(routed), np.empty_like(routed), routed.copy()
+        before, inputs, said = routed.copy(), np.empty_like(routed), np.empty_like(routed)
+        plain = layers.adds(index, mx.array(routed[:1]))
+        neurons = self._neurons(routed[:1])
+        moments = Moments.empty(routed.shape[-1], neurons.count if neurons else 0, routed.shape[-1])
+        positions = None
         for rows in batches(len(dense)):
-            dense[rows] = np.array(layers.run(index, mx.array(dense[rows])))
-            out, x, big = layers.open(index, mx.array(routed[rows]))
-            routed[rows], inputs[rows], said[rows] = (np.array(each) for each in (out, x, big))
-        if not has_small:
-            return
-        plain = layers.adds(index, mx.array(before[:1]))
-        neurons = name_neurons(layers.big(index), mx.array(inputs[:1]))
-        if neurons is not None and neurons.activation != self.activation:
-            neurons = None
-        small = self._solve(neurons, dense, routed, before, inputs, said, plain)
-        for rows in batches(len(dense)):
-            own = np.array(run(small, mx.array(inputs[rows]), self.activation))
-            change = np.where(drawn[rows], own - said[rows], 0)
-            if plain:
-                routed[rows] += change
-            else:
-                routed[rows] = np.array(layers.give(index, mx.array(before[rows]), mx.array(said[rows] + change)))
+            after = layers.run(index, mx.array(dense[rows]))
+            out, x, big, inner = layers.open(index, mx.array(routed[rows]), neurons)
+            dense[rows], routed[rows], inputs[rows], said[rows] = (np.array(each) for each in (after, out, x, big))
+            if not has_small:
+                continue
+            positions = heard(layers, index + 1, after) if positions is None else positions
+            weights, lost = positions / size(after), after - out
+            if not plain:
+                lost, loudness = layers.pull_back(index, mx.array(before[rows]), lost)
+                weights = weights * loudness
+            moments.add(x, inner, big + self.settings.compensation * lost, weights)
+        if has_small:
+            small = self._solve(moments, neurons)
+            self._let_small_speak(small, routed, before, inputs, said, plain)
 
-    def _solve(
+    def _neurons(self, h: NDArray[np.float32]) -> Neurons | None:
+        """Those that small can copy."""
+        _, x, *_ = self.layers.open(self.index, mx.array(h))
+        found = name_neurons(self.layers.big(self.index), x)
+        return found if found is not None and found.activation == self.activation else None
+
+    def _solve(self, moments: Moments, neurons: Neurons | None) -> SmallFFN:
+        linear = round(self.settings.linear_share * self.width)
+        metric = self.state.load(f"metric-{self.index}")
+        small = solve(moments, Copyable.of(neurons, moments.inputs), metric, self.width, linear, self.activation)
+        for name, value in vars(small).items():
+            self.state.save(f"small-{self.index}-{name}", value)
+        return small
+
+    def _let_small_speak(
         self,
-        neurons: Neurons | None,
-        dense: NDArray[np.float32],
+        small: SmallFFN,
         routed: NDArray[np.float32],
         before: NDArray[np.float32],
         inputs: NDArray[np.float32],
         said: NDArray[np.float32],
         plain: bool,
-    ) -> SmallFFN:
-        layers, index, settings = self.layers, self.index, self.settings
-        hidden = inputs.shape[-1]
-        moments = Moments.empty(hidden, neurons.count if neurons else 0, hidden)
-        last = index + 1 == len(layers)
-        with nullcontext() if last else layers.in_float32(index + 1):
-            for rows in batches(len(dense)):
-                after, x, big = (mx.array(part[rows]) for part in (dense, inputs, said))
-                lost = after - mx.array(routed[rows])
-                weights = token_weights(layers, index + 1, after)
-                if not plain:
-                    lost, loudness = layers.pull_back(index, mx.array(before[rows]), lost)
-                    weights = weights * loudness
-                moments.add(x, neurons, big + settings.compensation * lost, weights)
-        linear = round(settings.linear_share * self.width)
-        metric = self.state.load(f"metric-{index}")
-        small = solve(moments, Copyable.of(neurons, hidden), metric, self.width, linear, self.activation)
-        for name, value in vars(small).items():
-            self.state.save(f"small-{index}-{name}", value)
-        return small
+    ) -> None:
+        """Change the routed prefix where small was drawn."""
+        random = np.random.default_rng([self.settings.seed, self.index])
+        drawn = random.random((*routed.shape[:2], 1)) < self.settings.small_share
+        for rows in batches(len(routed)):
+            own = np.array(run(small, mx.array(inputs[rows]), self.activation))
+            change = np.where(drawn[rows], own - said[rows], 0)
+            if plain:
+                routed[rows] += change
+            else:
+                spoken = mx.array(said[rows] + change)
+                routed[rows] = np.array(self.layers.give(self.index, mx.array(before[rows]), spoken))
 
 
 def run(small: SmallFFN, x: mx.array, activation: str = "silu") -> mx.array:

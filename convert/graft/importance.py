@@ -6,7 +6,7 @@ loudest variance are not those that the rest of the model listens to.
 
 - A token's error counts relative to the size of its own state, and by how much it changes what the next layer's
   attention gives to all tokens: a sink is heard by most of those after it. Random changes of attention's output, of the
-  relative size that counts, tell how much is heard of each token.
+  relative size that counts, tell how much is heard of each position of a window.
 - The channels' metric is the Fisher information: the second moments of the gradient, by the FFN's output, of the
   log-probability of a token drawn from the model's own prediction.
 """
@@ -21,25 +21,33 @@ from numpy.typing import NDArray
 from duo_mlx.convert.graft.layers import Layers, batches
 from duo_mlx.convert.graft.state import State
 
-WINDOWS = 16  # that the metric is measured on
+WINDOWS = 12  # that the metric is measured on
 ISOTROPIC = 0.1  # share of the metric in which all channels count alike, as it is measured on few tokens
 
 
-def token_weights(layers: Layers, index: int, states: mx.array) -> mx.array:
-    """How much an error of each token's state counts, ``[windows, tokens, 1]``.
+def heard(layers: Layers, index: int, states: mx.array) -> mx.array:
+    """How much a change of each position is heard, ``[tokens, 1]``, if it is as large as the state itself.
 
     Args:
         layers: the model's.
-        index: of the layer that hears the states; as many as there are layers after the last one.
-        states: what goes into it in the dense model, ``[windows, tokens, hidden]``.
+        index: of the layer that hears; as many as there are layers after the last one.
+        states: what goes into it in the dense model, ``[windows, tokens, hidden]``, of some windows.
     """
-    size = mx.sqrt(mx.square(states).mean(axis=-1, keepdims=True))
     if index == len(layers):
-        return 1 / size
+        return mx.ones((states.shape[1], 1))
+    loudness = size(states)
     signs = 1 - 2 * mx.random.bernoulli(0.5, states.shape, key=mx.random.key(index))
     nothing = mx.zeros_like(states)
-    _, (heard,) = mx.vjp(lambda h: layers.give(index, h, nothing), [states], [signs / size])
-    return mx.sqrt(mx.square(heard).mean(axis=-1, keepdims=True))
+    with layers.in_float32(index):
+        _, (back,) = mx.vjp(lambda h: layers.give(index, h, nothing), [states], [signs / loudness])
+        found = mx.sqrt(mx.square(back * loudness).mean(axis=(0, -1)))[:, None]
+        mx.eval(found)
+    return found
+
+
+def size(states: mx.array) -> mx.array:
+    """How loud each token's state is, ``[..., 1]``."""
+    return mx.sqrt(mx.square(states).mean(axis=-1, keepdims=True))
 
 
 def measure_metrics(layers: Layers, windows: NDArray[np.integer], state: State, step: Callable[[], object]) -> None:

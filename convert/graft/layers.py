@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from duo_mlx.convert.graft.neurons import Neurons
 from duo_mlx.device import on_cpu
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
@@ -66,16 +67,20 @@ class Layers:
         """A layer's output, with ``nudge`` added to its FFN's."""
         return self._open.open(index, h, lambda ffn, x: _said(ffn, x) if nudge is None else _said(ffn, x) + nudge)
 
-    def open(self, index: int, h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """A layer's output, and its FFN's input and output."""
-        seen: list[mx.array] = []
+    def open(
+        self, index: int, h: mx.array, neurons: Neurons | None = None
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
+        """A layer's output, its FFN's input and output, and what its ``neurons`` say where they are known."""
+        seen: list[Any] = []
 
         def see(ffn: Any, x: mx.array) -> mx.array:
-            seen.extend((x, _said(ffn, x)))
-            return seen[1]
+            inner = None if neurons is None else neurons(x)
+            said = _said(ffn, x) if neurons is None or inner is None else neurons.down(inner)
+            seen.extend((x, said, inner))
+            return said
 
         out = self._open.open(index, h, see)
-        return out, seen[0], seen[1]
+        return out, seen[0], seen[1], seen[2]
 
     def give(self, index: int, h: mx.array, said: mx.array) -> mx.array:
         """A layer's output where its FFN says ``said``."""
@@ -83,7 +88,7 @@ class Layers:
 
     def adds(self, index: int, h: mx.array) -> bool:
         """Whether a layer does no more with its FFN's output than to add it, as found on ``h``."""
-        out, _, said = self.open(index, h)
+        out, _, said, _ = self.open(index, h)
         without = self.give(index, h, mx.zeros_like(said))
         return mx.allclose(without + said, out, rtol=1e-4, atol=1e-4 * mx.abs(out).max().item()).item()  # type: ignore[no-any-return]
 

@@ -53,17 +53,16 @@ class Moments:
         features = inputs + 1 + neurons
         return cls(np.zeros((features, features), np.float32), np.zeros((features, outputs), np.float32), inputs)
 
-    def add(self, x: mx.array, neurons: Neurons | None, target: mx.array, weights: mx.array) -> None:
+    def add(self, x: mx.array, said: mx.array | None, target: mx.array, weights: mx.array) -> None:
         """Add tokens.
 
         Args:
             x: ``[..., inputs]``.
-            neurons: big's; None where they are not known.
+            said: what big's neurons say, ``[..., neurons]``; None where they are not known.
             target: ``[..., outputs]``.
             weights: ``[..., 1]``.
         """
-        said = [] if neurons is None else [neurons(x)]
-        features = mx.concatenate([x, mx.ones((*x.shape[:-1], 1)), *said], axis=-1)
+        features = mx.concatenate([x, mx.ones((*x.shape[:-1], 1)), *([] if said is None else [said])], axis=-1)
         rows = np.array(features * weights).reshape(-1, features.shape[-1])
         self.gram += rows.T @ rows  # by NumPy, which computes no more than a half of what is symmetric
         self.cross += rows.T @ np.array(target * weights).reshape(len(rows), -1)
