@@ -15,9 +15,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
+from duo_mlx import checkpoint
 from duo_mlx.convert.graft.importance import heard, measure_metrics, size
 from duo_mlx.convert.graft.layers import Layers, batches
 from duo_mlx.convert.graft.neurons import Neurons, active_width, name_neurons
@@ -258,7 +258,7 @@ def _describe(
     """What a graft is of: a state with another description is another graft's. Vectors stand for all weights."""
     digest = hashlib.sha256(windows.tobytes())
     digest.update(embedded[0].tobytes())
-    for name, array in tree_flatten(model.parameters()):
+    for name, array in checkpoint.parameters(model).items():
         digest.update(f"{name} {array.shape} {array.dtype}".encode())
         if array.ndim == 1:
             digest.update(np.array(array.astype(mx.float32)).tobytes())
