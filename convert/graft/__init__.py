@@ -25,7 +25,7 @@ from duo_mlx.convert.graft.solve import Copyable, Moments, SmallFFN, solve
 from duo_mlx.convert.graft.state import State
 from duo_mlx.convert.tensors import Tensor
 from duo_mlx.errors import DuoError
-from duo_mlx.ffn import ACTIVATIONS
+from duo_mlx.forms import ACTIVATIONS
 from duo_mlx.model import Model
 
 WINDOW = 256  # tokens

@@ -13,8 +13,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from duo_mlx.config import ACTIVATIONS
 from duo_mlx.cost import chosen_experts
-from duo_mlx.ffn import ACTIVATIONS
+from duo_mlx.forms import ACTIVATIONS as FUNCTIONS
 
 CLOSE = 2e-3  # of the outputs' largest, in float32; activations that are confused differ by more on most inputs
 
@@ -46,7 +47,7 @@ class Neurons:
 
     def __call__(self, x: mx.array) -> mx.array:
         """What the neurons say of ``x [..., inputs]``, ``[..., neurons]``."""
-        act = ACTIVATIONS[self.activation](self.gate(x))
+        act = FUNCTIONS[self.activation](self.gate(x))
         return act if self.up is None else act * self.up(x)
 
 
