@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from duo_mlx.config import ACTIVATIONS
 from duo_mlx.cost import chosen_experts
@@ -59,9 +60,9 @@ def name_neurons(module: nn.Module, x: mx.array) -> Neurons | None:
     for neurons in _guesses(module, x.shape[-1]):
         said = neurons.down(neurons(inputs))
         error = mx.abs(said - out).max(axis=-1) / mx.maximum(mx.abs(out).max(axis=-1), 1e-20)
-        found.append((error.max().item(), neurons))
-    error, best = min(found, key=lambda pair: pair[0], default=(1.0, None))
-    return best if error < CLOSE else None
+        found.append((float(np.array(error.max())), neurons))
+    nearest, best = min(found, key=lambda pair: pair[0], default=(1.0, None))
+    return best if nearest < CLOSE else None
 
 
 def active_width(module: nn.Module, hidden: int) -> int:

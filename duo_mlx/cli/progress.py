@@ -30,6 +30,7 @@ class Lines:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._stage: str | None = None
+        self._share = self._start = self._began = self._next = 0.0
 
     def __call__(self, stage: str, done: float, total: float) -> None:
         now, share = self._clock(), done / total if total else 1.0
