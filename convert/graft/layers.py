@@ -1,4 +1,4 @@
-"""A dense model's layers one at a time in float32, as its own pass calls them, with what goes into and out of an FFN."""
+"""A dense model's layers one at a time in float32, as its own pass calls them, with inputs and outputs of FFNs."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager

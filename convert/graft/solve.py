@@ -5,8 +5,9 @@ A gated neuron is ``act(gate) * up``. Two kinds are used side by side:
 - *copied* neurons of the big FFN, picked greedily: each time the one that explains most of what those before it
   leave (simultaneous orthogonal matching pursuit), not the ones that are loudest by themselves;
 - *linear* neurons, whose gate is a constant bias with ``act(bias) = 1``: together the best linear map of their rank
-  (reduced-rank regression), and all that there is where big's neurons cannot be named. A narrow FFN gains more by them than by copied neurons, but copied ones are needed where
-  the big FFN does something abrupt, such as making the huge activations of an attention sink.
+  (reduced-rank regression), and all that there is where big's neurons cannot be named. A narrow FFN gains more by them
+  than by copied neurons, but copied ones are needed where the big FFN does something abrupt, such as making the huge
+  activations of an attention sink.
 
 Given the neurons, the down projection with its bias is a ridge regression. Which errors matter is told by a weight a
 token and a metric over the hidden channels, see `duo_mlx.convert.graft.importance`.
@@ -27,6 +28,7 @@ UNIT_GATE = {  # by activation, what it takes to be 1
     "silu": 1.2784645427610738,
     "gelu_tanh": 1.1446303090227818,
     "gelu": 1.1444507183528787,
+    "gelu_fast": 1.1429453389509778,
     "relu": 1.0,
     "relu2": 1.0,
 }

@@ -104,7 +104,7 @@ def test_small_is_nearer_to_big_than_nothing_and_copied_neurons_help(kind, ids, 
 def test_copied_neurons_are_the_modules_own_also_of_a_quantised_one(kind, ids, tmp_path):
     model = dense(kind, **({"n_embd": 64} if kind == "gpt2" else {"hidden_size": 64, "intermediate_size": 64}))
     if kind != "gpt2":
-        nn.quantize(model, 32, 8, class_predicate=lambda path, module: ".big." in path)
+        nn.quantize(model, 32, 8, class_predicate=lambda path, _: ".big." in path)
     smalls, extra = graft(model, ids, SETTINGS, tmp_path / "state")
     gates = np.array(smalls[f"{model.ffn_paths[0]}.small.gate_proj.weight"].load())
     copied = gates[extra["small_intermediate_size"] // 2 :]
