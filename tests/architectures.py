@@ -1,10 +1,13 @@
-"""One table of the architectures that mlx-lm ships, with a tiny configuration each.
+"""A table of the architectures that mlx-lm ships, with a tiny configuration for each.
 
 Tests of hosting run over it, and ``.ci/architectures.py`` writes docs/architectures.md from it.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from mlx_lm import models
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -73,14 +76,18 @@ class Architecture:
         known: models that people know, for the docs.
         both: whether transformers has it and gives the same numbers.
         opens: whether its layers run one by one, which oracle, pattern search and graft need.
+        caches: whether its passes with a cache give what a pass without one gives.
         refused: why no Duo can be hosted in it; empty: it can.
+        raises: what `duo_mlx.model.Model` says of a refused one that mlx-lm itself can make here.
     """
 
     config: dict[str, Any]
     known: str = ""
     both: bool = False
     opens: bool = True
+    caches: bool = True
     refused: str = ""
+    raises: str = ""
 
 
 def _both(config: dict[str, Any], known: str) -> Architecture:
@@ -121,7 +128,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         "Gemma 3 4B to 27B (text)",
     ),
-    "gemma3n": Architecture({**COMMON, "num_hidden_layers": 4, "text_config": GEMMA3N}, "Gemma 3n", opens=False),
+    "gemma3n": Architecture({**COMMON, "num_hidden_layers": 4, "text_config": GEMMA3N}, "Gemma 3n", opens=False, caches=False),
     "phi": _both({**COMMON, "partial_rotary_factor": 0.5, "num_key_value_heads": 4}, "Phi-1, Phi-2"),
     "phi3": _both({**COMMON, "original_max_position_embeddings": 128}, "Phi-3, Phi-4"),
     "gpt2": _both({**GPT2, "layer_norm_epsilon": 1e-5, "bos_token_id": 1, "eos_token_id": 2}, "GPT-2"),
@@ -224,7 +231,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         opens=False,
     ),
     "mimo": Architecture({**COMMON, "num_nextn_predict_layers": 1}, "MiMo 7B"),
-    "plamo": Architecture({**COMMON, "n_shared_head": 2}, "PLaMo"),
+    "plamo": Architecture({**COMMON, "n_shared_head": 2}, "PLaMo", opens=False),
     "qwen": Architecture({**COMMON, "layer_norm_epsilon": 1e-5, "kv_channels": 16}, "Qwen 1"),
     "telechat3": Architecture(COMMON, "TeleChat3"),
     "youtu_llm": Architecture({**COMMON, **LATENT}, "Youtu-LLM"),
@@ -428,3 +435,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Jamba",
     ),
 }
+
+# Modules of mlx_lm/models that are parts of architectures.
+INSIDE = {
+    "activations",
+    "base",
+    "bitlinear_layers",
+    "cache",
+    "gated_delta",
+    "mla",
+    "pipeline",
+    "rope_utils",
+    "ssm",
+    "switch_layers",
+}
+
+
+def modules() -> set[str]:
+    """Return the names of all modules in the installed mlx_lm/models."""
+    return {each.stem for each in Path(models.__file__).parent.glob("*.py")} - {"__init__"}
