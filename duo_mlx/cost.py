@@ -24,6 +24,8 @@ from duo_mlx.ffn import nbytes
 from duo_mlx.model import Model
 from duo_mlx.routes import Route, Routes
 
+CHOSEN = ("top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per_tok", "k")  # how many experts
+
 
 @dataclass(frozen=True)
 class RouteTable:
@@ -108,9 +110,10 @@ def chosen_experts(module: nn.Module) -> int:
         DuoError: the module does not say under a known name.
     """
     for part in module.modules():
-        for name in ("top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per_tok", "k"):
-            if type(value := getattr(part, name, None)) is int:
-                return value
+        for holder in (part, getattr(part, "args", None)):  # some keep their configuration instead
+            for name in CHOSEN:
+                if type(value := getattr(holder, name, None)) is int:
+                    return value
     raise DuoError(f"{type(module).__name__}: does not say how many experts a token goes to")
 
 
