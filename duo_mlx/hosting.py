@@ -196,8 +196,9 @@ def norms_of_ffn(block: nn.Module) -> list[nn.Module]:
     for name in ("pre_feedforward_layernorm", "pre_ff_layernorm", "ffn_norm", "ln_2"):
         if name in block:
             return [block[name]]
-    if isinstance(block.get("post_attention_layernorm"), nn.Module) and not any("feedforward" in name for name in block):
-        return [block["post_attention_layernorm"]]
+    norm = block.get("post_attention_layernorm")  # some blocks have a list of them
+    if isinstance(norm, nn.Module) and not any("feedforward" in name for name in block):
+        return [norm]
     return []
 
 
