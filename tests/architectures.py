@@ -119,6 +119,7 @@ class Architecture:
         known: models that people know, for the docs.
         both: whether transformers has it and gives the same numbers.
         opens: whether its layers run one by one, which oracle, pattern search and graft need.
+        quantises: whether mlx-lm can quantise it.
         caches: whether its passes with a cache give what a pass without one gives.
         refused: why no Duo can be hosted in it; empty: it can.
         raises: what `duo_mlx.model.Model` says of a refused one that mlx-lm itself can make here.
@@ -129,6 +130,7 @@ class Architecture:
     both: bool = False
     opens: bool = True
     caches: bool = True
+    quantises: bool = True
     refused: str = ""
     raises: str = ""
 
@@ -189,7 +191,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "mixtral": _both({**COMMON, **EXPERTS}, "Mixtral 8x7B"),
     "olmoe": _both({**COMMON, **EXPERTS, "norm_topk_prob": False}, "OLMoE"),
-    "granitemoe": _both({**COMMON, **EXPERTS, **SCALES, "attention_bias": False}, "Granite 3 MoE"),
+    "granitemoe": _both(
+        {**COMMON, "intermediate_size": 128, **EXPERTS, **SCALES, "attention_bias": False}, "Granite 3 MoE"
+    ),
     "gpt_oss": _both(
         {
             **COMMON,
@@ -206,7 +210,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "cohere2": _both(
         {**TIED, "sliding_window": 8, "sliding_window_pattern": 3, "logit_scale": 0.25}, "Command R7B, Command A"
     ),
-    "granite": _both({**COMMON, **SCALES, **PLAIN}, "Granite 3"),
+    "granite": _both({**COMMON, "intermediate_size": 128, **SCALES, **PLAIN}, "Granite 3"),
     "starcoder2": _both({**COMMON, "norm_epsilon": 1e-5, "sliding_window": None}, "StarCoder2"),
     "stablelm": _both({**COMMON, "partial_rotary_factor": 0.25, "use_qkv_bias": True}, "StableLM"),
     "glm4": _both({**COMMON, "attention_bias": True, "partial_rotary_factor": 0.5}, "GLM-4 9B, 32B"),
@@ -758,6 +762,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         "Apple Foundation Model 7",
         opens=False,
+        quantises=False,
     ),
     "mellum": Architecture(
         {**COMMON, **EXPERTS, **WINDOWS, "norm_topk_prob": True, "rope_parameters": ROPES}, "Mellum"
