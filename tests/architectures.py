@@ -750,6 +750,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "rope_embedding_base": 10000.0,
         },
         "Phi-3-small",
+        caches=False,
     ),
     "afm7": Architecture(
         {
