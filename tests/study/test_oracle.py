@@ -29,7 +29,7 @@ BASES = {  # by the form of their blocks
         "partial_rotary_factor": 0.5,
     },
 }
-LIMITS = ("none", "2", "at-most:1", "bytes:0.6", "3..1")
+LIMITS = ("none", "2", "at-most:1", "bytes:0.8", "3..1")
 
 
 @pytest.fixture
