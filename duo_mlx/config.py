@@ -23,7 +23,7 @@ class KnownPattern(TypedDict):
 
 
 # One fact has several names in the config.json of different architectures.
-HIDDEN = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
+HIDDEN = ("hidden_size", "n_embd", "d_model", "model_dim", "dim", "hidden_dim")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_transformer_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_query_heads")
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")

@@ -321,9 +321,11 @@ def _hosted(base: type) -> type[Model]:
     return type("Model", (Model, base), own)
 
 
-def _quant_predicate(model: Model) -> Callable[[str, nn.Module], Any]:
-    """The base's own rule of what to quantise and how, under the names of its FFNs."""
+def _quant_predicate(model: Model) -> Callable[[str, nn.Module], Any] | None:
+    """The base's own rule of what to quantise and how, under the names of its FFNs; None: it has none."""
     rule = model.base_class.quant_predicate.fget(model)  # type: ignore[attr-defined]
+    if rule is None:
+        return None
     return lambda path, module, *rest: rule(model.base_name(path), module, *rest)
 
 
