@@ -52,7 +52,7 @@ def export(
     plain = {key: value for key, value in sorted(config.items()) if key not in OURS}
     if names == references.TRANSFORMERS:
         weights = _for_transformers(source, config, weights)
-        plain["model_type"] = plain.pop("base_model_type")
+        plain["model_type"] = plain.pop("base_model_type", "llama")
     else:
         weights = named(names).from_canonical(weights, config)
     if destination.suffix in PICKLES:

@@ -115,9 +115,10 @@ def transformers_names(config: Mapping[str, Any], weights: Tensors) -> dict[str,
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration of weights in float, in which a Llama that only slides is a Mistral, as in transformers."""
     made = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    made["base_model_type"] = Config.from_dict(made).base["model_type"]
     slides = set(made.get("layer_types") or ()) == {"sliding_attention"}
     biases = made.get("attention_bias") or made.get("mlp_bias")
-    if made.get("base_model_type", "llama") == "llama" and slides and not biases:
+    if made["base_model_type"] == "llama" and slides and not biases:
         made["base_model_type"] = "mistral"
     return made
 
