@@ -117,9 +117,10 @@ def convert(
     for line in (*found.checkpoint.notes, *found.notes):
         watch.note(line)
     if verify and (graft is None or bits is not None):
-        from duo_mlx.convert import parity
+        from duo_mlx.convert import references
 
-        parity.check_reference(found.config | ({"small_intermediate_size": 1} if graft else {}))
+        if line := references.note(found.config):
+            watch.note(line)
     refuse_overlap(found.checkpoint.source, destination)
     if bits is not None and bits.bits not in (None, FLOAT) and packing.is_quantised(found.config):
         raise DuoError(

@@ -105,6 +105,7 @@ def config(
         made |= _phi3(say, made, rotated / head)
     elif name in PATTERN:
         made |= _gemma(say, made)
+        del made["hidden_act"]  # transformers' key for Gemma is hidden_activation
     return made | token_ids(metadata, embedding[0])
 
 
@@ -146,7 +147,6 @@ def _gemma(say: Metadata, made: dict[str, Any]) -> dict[str, Any]:
     if say.has("attention.scale"):
         scaled = round(say.real("attention.scale") ** -2)
     keys: dict[str, Any] = {
-        "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "query_pre_attn_scalar": scaled,

@@ -41,7 +41,7 @@ def open_local(source: Path, config: Path | None, weights: Path | None = None, b
             found = gguf.read(file, given)
         except DuoError as error:
             raise DuoError(f"{file}: {what}") if (what := foreign_content(file)) else error from None
-        return _checked(Checkpoint(source, "GGUF", found.files, found.tensors, found.config))
+        return _checked(Checkpoint(source, "GGUF", found.files, found.tensors, found.config, found.notes))
     settings = read_config(source, config, bare or is_file(file.with_name(meta.PARAMS)))
     reader = _Files()
     if file.name.endswith(shards.SUFFIX):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # equal to what duo_mlx.convert knows, which needs mlx
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("half", "interleaved")
-NAMES = ("canonical", "llama", "fused")  # that an export can have
+NAMES = ("transformers", "canonical", "llama", "fused")  # that an export can have
 BITS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (32, 64, 128)
 CHOICES = tuple("".join(routes) for count in (2, 3) for routes in permutations("-sB", count))  # of a router
@@ -54,7 +54,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--bits", type=click.Choice(BITS), help="Quantise; 16: float where --small-bits quantises.")
 @click.option("--small-bits", type=click.Choice(BITS), help="Of the small FFNs.  [default: as --bits]")
 @click.option("--group-size", type=click.Choice(GROUP_SIZES), default=64, show_default=True, help="Weights a scale.")
-@click.option("--names", type=click.Choice(NAMES), default="canonical", show_default=True, help="Of --to torch.")
+@click.option("--names", type=click.Choice(NAMES), default="transformers", show_default=True, help="Of --to torch.")
 @click.option("--dequantise", is_flag=True, help="Let --to torch take the numbers that quantised weights stand for.")
 @click.option("--allow-nonfinite", is_flag=True, help="Take NaN and infinity in weights.")
 @click.option("--verify", is_flag=True, help="Compare with another implementation; write if both agree.")
@@ -163,9 +163,10 @@ def _export(source: str, destination: Path, options: dict[str, Any], watch: "Wat
         require_torch()
     directory = checkpoint.resolve(source, options["revision"])
     if options["verify"]:
-        from duo_mlx.convert import parity
+        from duo_mlx.convert import references
 
-        parity.check_reference(checkpoint.read_config(directory))
+        if line := references.note(checkpoint.read_config(directory)):
+            watch.note(line)
 
     def verify(exported: Path) -> None:
         from duo_mlx.convert import parity

@@ -12,10 +12,15 @@ import pytest
 import torch
 import transformers
 
+from duo_mlx import checkpoint
+from duo_mlx.convert import dense, guard
 from duo_mlx.convert.readers import open_checkpoint
 from duo_mlx.convert.readers.gguf import read
 from duo_mlx.convert.readers.gguf_rope import llama3
+from duo_mlx.convert.source import open_source
+from duo_mlx.convert.writer import write_weights
 from duo_mlx.errors import DuoError
+from duo_mlx.guard import all_big
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -254,6 +259,28 @@ def test_logits_are_those_of_transformers(case, tmp_path):
         np.testing.assert_allclose(again(torch.tensor(ids)).logits.numpy(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_dense_file_is_hosted_and_written_as_mlx_lms_own(case, tmp_path):
+    name, changes, options = CASES[case]
+    write(tmp_path / "x.gguf", made(name, changes), more=options.get("more", dict)(), add=options.get("add"))
+    found = open_source(tmp_path / "x.gguf", graft=True)
+    found.check()
+    (tmp_path / "dense").mkdir()
+    write_weights(tmp_path / "dense", found.tensors)
+    checkpoint.save_config(tmp_path / "dense", found.config)
+    guard.check(tmp_path / "dense")
+    model = dense.host(dense.written(tmp_path / "dense"), checkpoint.read_config(tmp_path / "dense"))
+    ids = mx.array(np.random.default_rng(1).integers(0, 64, (1, 40)))
+    own = in_mlx(found.checkpoint.config, found.checkpoint.tensors)
+    assert mx.array_equal(all_big(model, ids), own(ids)).item()
+
+
+def test_notes_of_a_file_are_those_of_its_source(tmp_path):
+    write(tmp_path / "x.gguf", made("Qwen3", {"head_dim": 32}), Kind.Q8_0)
+    found = open_source(tmp_path / "x.gguf", graft=True)
+    assert found.checkpoint.notes == ("Q8_0 become float32; --bits quantises again",)
+
+
 def test_longrope_of_phi3(tmp_path):
     model = made("Phi3", {})
     factors = {
@@ -403,7 +430,9 @@ def test_a_folder_of_several(gguf_file, tmp_path):
         (tmp_path / name).write_bytes(gguf_file())
     assert open_checkpoint(tmp_path).files == (tmp_path / "a-Q4_K_M.gguf",)
     (tmp_path / "a-Q8_0.gguf").write_bytes(gguf_file())
-    with pytest.raises(DuoError, match=r"several GGUF files \(a-Q4_K_M.gguf, a-Q8_0.gguf\); name one: .*a-Q4_K_M.gguf"):
+    with pytest.raises(
+        DuoError, match=r"several weights files \(a-Q4_K_M.gguf, a-Q8_0.gguf\); name one, .*a-Q4_K_M.gguf"
+    ):
         open_checkpoint(tmp_path)
 
 
