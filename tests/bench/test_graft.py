@@ -3,15 +3,15 @@
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
 from duo_mlx.bench import graft as bench
-from duo_mlx.convert.graft import run
-from duo_mlx.convert.graft.layers import Dense
-from duo_mlx.convert.graft.solve import Moments, Projection
+from duo_mlx.convert.dense import host
+from duo_mlx.convert.graft.solve import Copyable, Moments
 from duo_mlx.convert.tensors import Tensor
 from duo_mlx.errors import DuoError
 
@@ -31,10 +31,11 @@ def test_the_rough_method_takes_the_loudest_neurons_and_regresses():
     target = neurons @ down.T
     features = np.concatenate([x, np.ones((500, 1)), neurons], axis=1)
     moments = Moments(features.T @ features, features.T @ target, 3, 500)
-    big = Projection(random.standard_normal((8, 3)).astype(np.float32), np.zeros(8, np.float32))
-    small = bench.rough(moments, big, big, np.eye(2), 3, 1)
-    assert sorted(small.gate.tolist()) == sorted(big.weight[5:].tolist())  # all count alike, so the loudest three
-    picked = [int(np.flatnonzero((big.weight == row).all(axis=1))[0]) for row in small.gate]
+    gate = random.standard_normal((8, 3)).astype(np.float32)
+    big = Copyable(gate, np.zeros(8, np.float32), gate, np.zeros(8, np.float32))
+    small = bench.rough(moments, big, np.eye(2), 3, 1, "silu")
+    assert sorted(small.gate.tolist()) == sorted(gate[5:].tolist())  # all count alike, so the loudest three
+    picked = [int(np.flatnonzero((gate == row).all(axis=1))[0]) for row in small.gate]
     gram = neurons[:, picked].T @ neurons[:, picked]
     ridge = bench.RIDGE * np.trace(gram) / 3 * np.eye(3)
     np.testing.assert_allclose(small.down, np.linalg.solve(gram + ridge, neurons[:, picked].T @ target).T, rtol=1e-4)
@@ -42,7 +43,7 @@ def test_the_rough_method_takes_the_loudest_neurons_and_regresses():
 
 def test_losses_are_those_of_the_whole_model(dense):
     tensors, config, twin = dense
-    model = Dense(tensors, config)
+    model = host(tensors, config | {"model_type": "duo", "small_layers": []})
     windows = np.random.default_rng(0).integers(0, 32, (2, 33)).astype(np.int32)
     width = 5
     random = np.random.default_rng(1)
@@ -53,7 +54,8 @@ def test_losses_are_those_of_the_whole_model(dense):
             prefix = f"model.layers.{layer}.mlp.small.{name}"
             smalls[f"{prefix}.weight"] = Tensor.of(mx.array(random.standard_normal(shape).astype(np.float32)))
             smalls[f"{prefix}.bias"] = Tensor.of(mx.array(random.standard_normal(shape[0]).astype(np.float32)))
-    found = bench.losses(model, smalls, windows)
+    extra = {"small_intermediate_size": width, "small_bias": True}
+    found = bench.losses(model, smalls, extra, windows)
     assert found.keys() == bench.patterns(4).keys()
 
     def expected(pattern):
@@ -61,13 +63,24 @@ def test_losses_are_those_of_the_whole_model(dense):
         for index, (layer, route) in enumerate(zip(twin.model.layers, pattern, strict=True)):
             h = h + layer.self_attn(layer.input_layernorm(h), "causal", None)
             x = layer.post_attention_layernorm(h)
-            h = h + (layer.mlp(x) if route == "B" else run(bench._small(smalls, index), x))
+            h = h + (layer.mlp(x) if route == "B" else small_of(smalls, index, x))
         logits = np.array(twin.model.embed_tokens.as_linear(twin.model.norm(h))).astype(np.float64)
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         return -np.take_along_axis(logits, windows[:, 1:, None], -1).mean()
 
     for name, pattern in bench.patterns(4).items():
         assert found[name] == pytest.approx(expected(pattern), rel=1e-5)
+
+
+def small_of(smalls, index, x):
+    """What a layer's small FFN gives, by its definition."""
+    parts = {
+        f"{part}{kind}": smalls[f"model.layers.{index}.mlp.small.{part}_proj.{kind}"].load()
+        for part in ("gate", "up", "down")
+        for kind in ("weight", "bias")
+    }
+    gate, up = (x @ parts[f"{name}weight"].T + parts[f"{name}bias"] for name in ("gate", "up"))
+    return (nn.silu(gate) * up) @ parts["downweight"].T + parts["downbias"]
 
 
 def test_patterns_of_thirty_layers():
