@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from duo_mlx import checkpoint
 from duo_mlx.cli import convert as command
 from duo_mlx.cli import convert_options, progress
-from duo_mlx.convert import calibration, export, keymaps, quantise, tensors
+from duo_mlx.convert import calibration, export, keymaps, quantise, references, tensors
 from duo_mlx.convert import directory as converting
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "small_intermediate_size": 32}
@@ -33,7 +33,7 @@ def config_of(directory):
 
 def test_the_choices_are_what_the_library_knows():
     assert command.DTYPES == tensors.DTYPES and command.LAYOUTS == keymaps.LAYOUTS
-    assert set(command.NAMES) == set(keymaps.NAMES)
+    assert set(command.NAMES) == {references.TRANSFORMERS, *keymaps.NAMES}
     assert (*quantise.BITS, quantise.FLOAT) == command.BITS and command.GROUP_SIZES == quantise.GROUP_SIZES
     assert convert_options.FLOAT == quantise.FLOAT and convert_options.LEAST == calibration.LEAST - 2
 
