@@ -1,14 +1,14 @@
 """Back to PyTorch: a model directory as a state dict, or as a directory of safetensors, in names of one's choice."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from duo_mlx import checkpoint
 from duo_mlx.convert import references, stored, tokenizer
 from duo_mlx.convert.keymaps import named
-from duo_mlx.convert.tensors import Tensors, to_torch
+from duo_mlx.convert.tensors import Tensor, Tensors, to_torch
 from duo_mlx.convert.writer import write_weights
 from duo_mlx.errors import DuoError
 from duo_mlx.files import output_directory, output_file, refuse_overlap, write_text
@@ -48,7 +48,7 @@ def export(
     if destination.suffix == ".safetensors":
         raise DuoError(f"{destination}: give a directory, or a name in {', '.join(PICKLES)}")
     config = checkpoint.read_config(source)
-    weights = stored.weights(source, dequantise="stored" if dequantise else None)
+    weights: Mapping[str, Tensor] = stored.weights(source, dequantise="stored" if dequantise else None)
     plain = {key: value for key, value in sorted(config.items()) if key not in OURS}
     if names == references.TRANSFORMERS:
         weights = _for_transformers(source, config, weights)
