@@ -17,7 +17,6 @@ from duo_mlx.bench.variants import Plan, Shape
 from duo_mlx.errors import DuoError
 from duo_mlx.kernels import fused, launch, selfcheck, verdicts
 from duo_mlx.kernels.verdicts import Verdict
-from duo_mlx.model import BigOnlyFFN
 
 SHAPES = (Shape(32, 64, 32, 32, timed=True), Shape(33, 45, 1, 0, biases=True))
 BRIEF = Plan(repeats=1, rounds=1, shapes=(Shape(32, 32, 32, 32),))
@@ -390,7 +389,7 @@ def test_the_kernels_take_what_the_doctor_makes(shape):
     case = variants.Case([ffns], mx.bfloat16, timed=False)
     form = {"gemma2": " gated gelu_tanh", "nemotron": " plain relu2"}.get(shape.of, "")
     assert case.shape == str(shape) and case.weights == (f"{bits}-bit" if bits else "float") + form
-    assert isinstance(ffns, BigOnlyFFN) == (not shape.small)
+    assert (ffns.small is ffns.big) == (not shape.small)
 
 
 def test_timed_chains_read_more_than_a_cache_holds(monkeypatch):

@@ -18,12 +18,10 @@ IDS = np.random.default_rng(0).integers(0, 32, (2, 7)).astype(np.int32)
 def test_the_first_layers_are_those_of_the_model(tiny_model):
     model = tiny_model()
     cut = bench.first_layers(model, 2)
-    h = model.model.embed_tokens(mx.array(IDS[:, :-1]))
-    masks, rotate = model.model.masks(h, [None] * 4), model.layers[0].self_attn.rotation(6, None)
-    for layer in model.layers[:2]:
-        h = layer(h, masks[layer.use_sliding], None, rotate, Route.BIG, "planned")
+    ids, big = mx.array(IDS[:, :-1]), [Route.BIG] * 4
+    h = model.states(ids, None, big, "planned", stop=2)
     expected = model.head(model.model.norm(h))
-    found = cut(mx.array(IDS[:, :-1]), routes=np.full(2, Route.BIG))
+    found = cut(ids, routes=np.full(2, Route.BIG))
     np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=1e-5)
     assert bench.first_layers(model, 4) is model
 

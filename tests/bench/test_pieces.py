@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from duo_mlx import _blas, products
+from duo_mlx import _blas
 from duo_mlx.bench import pieces
+from duo_mlx.cpu import products
 from duo_mlx.errors import DuoError
 
 

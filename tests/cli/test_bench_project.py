@@ -8,7 +8,6 @@ from click.testing import CliRunner
 from duo_mlx import checkpoint, work
 from duo_mlx.bench import projected_speculation
 from duo_mlx.cli import main
-from duo_mlx.model import ModelArgs
 from duo_mlx.projection import ASSUMPTIONS, MIXES, SHAPES, machines, project
 from duo_mlx.routes import parse_pattern
 
@@ -46,7 +45,9 @@ def test_the_object_holds_what_the_library_projects(model):
     result = told("--model", directory, "--chip", "M1", "--context", 9)
     assert result["projection"] == list(ASSUMPTIONS) and "shapes" not in result
     assert result["model"]["name"] == f"{directory}, weights as stored" and result["model"]["context"] == 9
-    expected = work.works(work.without_weights(checkpoint.read_model(directory)), MIXES, 9, ["planned", "fused", "masked", "sync"])
+    expected = work.works(
+        work.without_weights(checkpoint.read_model(directory)), MIXES, 9, ["planned", "fused", "masked", "sync"]
+    )
     assert len(result["model"]["rows"]) == 16
     for row in result["model"]["rows"]:
         found = expected[row["strategy"]][row["routes"]]
@@ -60,7 +61,7 @@ def test_the_object_holds_what_the_library_projects(model):
 def test_bits_are_those_of_the_same_shape(model):
     directory, held = model
     result = told("--model", directory, "--bits", "4", "--context", 9)
-    imagined = work.imagined(ModelArgs.from_dict(vars(held.args) | {"layer_types": None}), 4)
+    imagined = work.imagined(held.config, 4)
     expected = work.works(imagined, MIXES, 9, ["planned"])["planned"]["small"]
     rows = {(row["strategy"], row["routes"]): row for row in result["model"]["rows"]}
     assert rows["planned", "small"]["bytes"] == expected.bytes
