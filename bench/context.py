@@ -1,4 +1,4 @@
-"""What a longer context costs: milliseconds of a decoding step by the positions in the cache, beside mlx-lm's own model.
+"""What a longer context costs: milliseconds of a decoding step by the positions in the cache, beside mlx-lm's.
 
     python -m duo_mlx.bench.context --out context.json
 

@@ -105,11 +105,11 @@ def quantisation(bits: int, stored: str) -> str:
 
 
 def preset(name: str, args: Config, window: int | None = None) -> Grid:
-    """``quick``, ``paper`` or ``full`` for a model of this shape."""
-    return {"quick": _quick, "paper": _paper, "full": _full}[name](args)
+    """``quick``, ``paper`` or ``full`` for a model of this shape, whose attention sees ``window`` positions at most."""
+    return {"quick": _quick, "paper": _paper, "full": _full}[name](args, window)
 
 
-def _quick(args: Config) -> Grid:
+def _quick(args: Config, _: int | None) -> Grid:
     routes = ("big", f"big@{_half(args)}", "small", *(["router"] if args.router_choices else []))
     return Grid(routes)
 
@@ -118,7 +118,7 @@ def _half(args: Config) -> str:
     return ",".join(str(layer) for layer in range(0, args.num_hidden_layers, 2))
 
 
-def _paper(args: Config) -> Grid:
+def _paper(args: Config, window: int | None) -> Grid:
     """k big layers from all to none, mixes with skip, the model's own budgets, router and draft, depth of context."""
     layers = args.num_hidden_layers
     counts = sorted({round(step * layers / min(layers, STEPS)) for step in range(min(layers, STEPS) + 1)}, reverse=True)
@@ -139,11 +139,11 @@ def _by_router(args: Config) -> list[str]:
     return ["router", *(f"{PREFIX}{share:g}" for share in SHARES if reach and reach[0] <= share <= reach[-1])]
 
 
-def _full(args: Config) -> Grid:
+def _full(args: Config, window: int | None) -> Grid:
     """The paper's, quantised too, with longer prompts, batches, and ``dense``, which computes what routes leave out."""
     prompts = (PROMPT, LONG) if _room(args, window) >= LONG + GENERATED else (PROMPT,)
     return replace(
-        _paper(args),
+        _paper(args, window),
         strategies=("auto", "dense"),
         bits=(STORED, 8, 4),
         prompts=prompts,

@@ -44,7 +44,7 @@ def decoding(args: Config, pattern: Routes, context: int) -> Decoding:
         context: positions, the token's own among them.
     """
     hidden, layers = args.hidden_size, args.num_hidden_layers
-    queries, keys = _heads(args)
+    _, keys = _heads(args)
     norms = layers + int((pattern != Route.SKIP).sum()) + 1
     floats = int(cost.layer_parameters(args).of(pattern)) + hidden * (args.vocab_size + 1 + norms)
     return Decoding(FLOAT * floats, int(cost.flops(args, context).of(pattern)), FLOAT * layers * 2 * keys * context)

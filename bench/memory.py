@@ -34,11 +34,11 @@ from mlx_lm.generate import generate_step
 from duo_mlx import checkpoint
 from duo_mlx.bench import options
 from duo_mlx.bench.peer import open_model
-from duo_mlx.hosting import primitives
 from duo_mlx.bench.prefill import SHAPE
 from duo_mlx.bench.record import check_output, run, write_output
 from duo_mlx.bench.system import system_record
 from duo_mlx.errors import DuoError
+from duo_mlx.hosting import primitives
 from duo_mlx.policies import parse_route
 from duo_mlx.routed import RoutedModel
 

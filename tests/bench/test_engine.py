@@ -138,7 +138,7 @@ def test_a_prompt_of_one_token(tiny_model, seen):
 @pytest.mark.parametrize("context", [[], CONTEXT], ids=["no context", "context"])
 def test_stock_mlx_lm_generates_what_all_big_does(tiny_model, context):
     model = tiny_model(**ROUTED)
-    twin = peer.llama_twin(model)
+    twin = peer.base_twin(model)
     passes = []
 
     class Twin:
@@ -242,7 +242,7 @@ def test_the_strategy_that_ran_is_the_one_that_a_layer_was_carried_out_by(tiny_m
     def noted(*args):
         found = decide(*args)
         if args[1] == 0:
-            ran.append(found[2])
+            ran.append(found[1])
         return found
 
     monkeypatch.setattr(conditional, "decide", noted)

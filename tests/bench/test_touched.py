@@ -91,7 +91,7 @@ def test_the_reference_and_masked_products_on_a_cpu_read_and_compute_both(model,
             for name, array in checkpoint.parameters(model).items()
             if array.ndim == 2 and "router" not in name
         }
-        if not model.table is model.embedding:
+        if model.table is not model.embedding:
             del matrices["model.embed_tokens.weight"]  # a row of it is looked up, which is no product
         attention = LAYERS * 2 * CONTEXT * 16 * 2  # scores and mixtures, over four heads of four
         expected = 2 * sum(map(math.prod, matrices.values())) + attention

@@ -41,7 +41,7 @@ def test_the_tables_say_what_they_are(monkeypatch):
 
 
 def test_the_object_holds_what_the_library_projects(model):
-    directory, held = model
+    directory, _ = model
     result = told("--model", directory, "--chip", "M1", "--context", 9)
     assert result["projection"] == list(ASSUMPTIONS) and "shapes" not in result
     assert result["model"]["name"] == f"{directory}, weights as stored" and result["model"]["context"] == 9
@@ -73,7 +73,7 @@ def test_bits_are_those_of_the_same_shape(model):
 )
 def test_a_route_is_compared_with_all_big(saved, spec, small, skip):
     known = [{"pattern": "BBBs", "loss": 1.0}]
-    directory, held = saved(best_patterns=known)
+    directory, _ = saved(best_patterns=known)
     result = told("--model", directory, "--route", spec, "--strategy", "planned", "--context", 9)
     big, routed = result["model"]["rows"]
     assert (big["routes"], routed["routes"]) == ("big", spec)
@@ -121,7 +121,7 @@ def test_the_strategies_are_the_librarys():
 
 
 def test_speculation_is_projected_with_all_its_assumptions(model, monkeypatch):
-    directory, held = model
+    directory, _ = model
     monkeypatch.setattr("duo_mlx.projection.SHAPES", {"Llama 3.2 1B": SHAPES["Llama 3.2 1B"]})
     monkeypatch.setattr("duo_mlx.bench.projected_speculation.SHAPES", {"Llama 3.2 1B": SHAPES["Llama 3.2 1B"]})
     asked = ["--model", directory, "--speculate", "small", "--acceptance", "0.9,0.8", "--chip", "M3 Max 400"]
