@@ -108,7 +108,7 @@ def test_attention_is_a_block_without_its_ffn(base):
 def test_the_doctor_says_what_an_ffn_takes_that_the_kernels_do_not_know(saved, emulated):
     _, model = saved(**SHAPE | BASES["olmoe"])
     [case] = [case for case, _ in of_model(model)]
-    assert case.shape == "OlmoeSparseMoeBlock/8" and case.weights == "unknown/float"
+    assert case.shape == "16/OlmoeSparseMoeBlock/8" and case.weights == "unknown/float"
     said = {each.situation: each for each in doctor.decisions([case])}
     one = said["device knows the route, 1 token"]
     assert one.strategy == "sync" and said["device knows the routes, 8 tokens"].strategy == "sorted"
