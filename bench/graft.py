@@ -21,27 +21,32 @@ import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes
 
 # isort: split
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from duo_mlx import checkpoint
 from duo_mlx.bench.record import HELD_OUT, LENGTH, check_output, held_out_windows, run, write_output
 from duo_mlx.bench.system import system_record
+from duo_mlx.config import Config
 from duo_mlx.convert import graft as grafting
 from duo_mlx.convert.calibration import encode, read_texts
+from duo_mlx.convert.dense import host
 from duo_mlx.convert.graft import Graft, graft
 from duo_mlx.convert.graft.importance import measure_metrics
-from duo_mlx.convert.graft.layers import Dense, attend
-from duo_mlx.convert.graft.solve import Moments, Projection, SmallFFN
+from duo_mlx.convert.graft.layers import Layers
+from duo_mlx.convert.graft.solve import Copyable, Moments, SmallFFN
 from duo_mlx.convert.graft.state import State
 from duo_mlx.convert.source import Source, open_source
 from duo_mlx.convert.tensors import Tensor
 from duo_mlx.convert.tokenizer import write_tokenizer
+from duo_mlx.model import Model
+from duo_mlx.routes import parse_pattern
+from duo_mlx.study.losses import token_losses
 
 RIDGE = 1e-3
 
 
-def rough(moments: Moments, gate: Projection, up: Projection, metric: Any, width: int, linear: int) -> SmallFFN:  # noqa: ARG001
+def rough(moments: Moments, big: Copyable, metric: Any, width: int, linear: int, activation: str) -> SmallFFN:  # noqa: ARG001
     """The obvious small FFN, in the place of `duo_mlx.convert.graft.solve.solve`."""
     first = moments.inputs + 1
     gram, cross = moments.gram[first:, first:], moments.cross[first:]
@@ -52,46 +57,52 @@ def rough(moments: Moments, gate: Projection, up: Projection, metric: Any, width
     among = gram[np.ix_(picked, picked)].astype(np.float64)
     down = np.linalg.solve(among + RIDGE * np.trace(among) / width * np.eye(width), cross[picked])
     return SmallFFN(
-        gate=gate.weight[picked],
-        gate_bias=gate.bias[picked],
-        up=up.weight[picked],
-        up_bias=up.bias[picked],
+        gate=big.gate[picked],
+        gate_bias=big.gate_bias[picked],
+        up=big.up[picked],
+        up_bias=big.up_bias[picked],
         down=np.ascontiguousarray(down.T, np.float32),
         down_bias=np.zeros(cross.shape[1], np.float32),
     )
 
 
-def equal_weights(states: mx.array, *_: object) -> mx.array:
+def equal_size(states: mx.array) -> mx.array:
     """Every token counts alike."""
     return mx.ones((*states.shape[:2], 1))
 
 
-def no_metric(dense: Dense, windows: Any, state: State, step: Any) -> None:  # noqa: ARG001
+def equally_heard(layers: Layers, index: int, states: mx.array) -> mx.array:  # noqa: ARG001
+    """So does every position."""
+    return mx.ones((states.shape[1], 1))
+
+
+def no_metric(layers: Layers, windows: Any, state: State, step: Any) -> None:  # noqa: ARG001
     """Every channel counts alike."""
-    for index in range(dense.config.num_hidden_layers):
-        state.save(f"metric-{index}", np.eye(dense.config.hidden_size))
+    for index in range(len(layers)):
+        state.save(f"metric-{index}", np.eye(layers.model.config.hidden_size))
 
 
 def metric_of(measured: State) -> Callable[..., None]:
     """A measurement of metrics that takes those of ``measured``: they are the same whatever the method."""
 
-    def copy(dense: Dense, windows: NDArray[np.integer], state: State, step: Callable[[], object]) -> None:
+    def copy(layers: Layers, windows: NDArray[np.integer], state: State, step: Callable[[], object]) -> None:
         if not measured.has("metric-0"):
-            measure_metrics(dense, windows, measured, step)
-        for index in range(dense.config.num_hidden_layers):
+            measure_metrics(layers, windows, measured, step)
+        for index in range(len(layers)):
             state.save(f"metric-{index}", measured.load(f"metric-{index}"))
 
     return copy
 
 
-PLAIN: dict[str, Callable[..., Any]] = {"token_weights": equal_weights, "measure_metrics": no_metric, "solve": rough}
+ALIKE: dict[str, Callable[..., Any]] = {"size": equal_size, "heard": equally_heard}
+PLAIN: dict[str, Callable[..., Any]] = ALIKE | {"measure_metrics": no_metric, "solve": rough}
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Callable[..., Any]]]] = {
     "default": ({}, {}),
     "rough, big's output, dense prefix": ({"compensation": 0, "small_share": 0}, PLAIN),
     "rough, dense next state, random prefix": ({"compensation": 1}, PLAIN),
     "rough, mean of both, random prefix": ({"compensation": 0.5}, PLAIN),
     "rough, dense next state, all-small prefix": ({"compensation": 1, "small_share": 1}, PLAIN),
-    "tokens count alike": ({}, {"token_weights": equal_weights}),
+    "tokens count alike": ({}, ALIKE),
     "channels count alike": ({}, {"measure_metrics": no_metric}),
     "copied neurons only": ({"linear_share": 0}, {}),
     "3/4 linear neurons": ({"linear_share": 0.75}, {}),
@@ -113,36 +124,22 @@ def patterns(layers: int) -> dict[str, str]:
     return every
 
 
-def losses(dense: Dense, smalls: dict[str, Tensor], windows: NDArray[np.int32]) -> dict[str, float]:
+def losses(
+    model: Model, smalls: dict[str, Tensor], extra: dict[str, Any], windows: NDArray[np.int32]
+) -> dict[str, float]:
     """Nats a token of each of `patterns` on ``windows [windows, tokens]``."""
-    embedded = dense.embed(windows[:, :-1])
-    layers = dense.config.num_hidden_layers
+    keys = {key: value for key, value in model.config.to_dict().items() if not key.startswith("small_")}
+    made = Model(Config.from_dict(keys | extra))
+    weights = checkpoint.parameters(model) | {name: tensor.load() for name, tensor in smalls.items()}
+    made.load_weights(list(weights.items()))
+    layers = made.config.num_hidden_layers
+
+    def loss(row: NDArray[np.int32], pattern: str) -> float:
+        logits = made(mx.array(row[None, :-1]), routes=parse_pattern(pattern, layers))
+        return float(token_losses(logits, row[1:]).mean())
+
     chosen = patterns(layers)
-    states = {name: [mx.array(row)[None] for row in embedded] for name in chosen}
-    for index in range(layers):
-        layer = dense.layer(index)
-        visible = dense.visible(layer, windows.shape[1] - 1)
-        small = _small(smalls, index)
-        for name, pattern in chosen.items():
-            for row, h in enumerate(states[name]):
-                middle = attend(layer, h, visible)
-                x = layer.post_attention_layernorm(middle)
-                states[name][row] = middle + (layer.mlp.big(x) if pattern[index] == "B" else grafting.run(small, x))
-            mx.eval(states[name])
-    weight, head = dense.head()
-
-    def loss(row: int, h: mx.array) -> float:
-        logits = mx.fast.rms_norm(h[0], weight, dense.config.rms_norm_eps) @ head.T
-        return float(nn.losses.cross_entropy(logits, mx.array(windows[row, 1:]), reduction="mean"))
-
-    return {name: float(np.mean([loss(row, h) for row, h in enumerate(rows)])) for name, rows in states.items()}
-
-
-def _small(smalls: dict[str, Tensor], index: int) -> SmallFFN:
-    def part(name: str) -> NDArray[np.float32]:
-        return np.array(smalls[f"model.layers.{index}.mlp.small.{name}"].load())
-
-    return SmallFFN(*(part(f"{name}_proj.{kind}") for name in ("gate", "up", "down") for kind in ("weight", "bias")))
+    return {name: float(np.mean([loss(row, pattern) for row in windows])) for name, pattern in chosen.items()}
 
 
 def tokens_of(source: Source, texts: tuple[Path, ...], held_out: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -180,7 +177,7 @@ def command(
     source = open_source(model, graft=True)
     source.check()
     calibration, windows = tokens_of(source, texts, held_out)
-    dense = Dense(source.tensors, source.config)
+    dense = host(source.tensors, source.config)
     results: dict[str, dict[str, float]] = {}
     names = " ".join([model.name, *(text.name for text in texts)])
     record = {
@@ -197,8 +194,8 @@ def command(
             with ExitStack() as replaced:
                 for part, other in ({"measure_metrics": metric_of(measured)} | parts).items():
                     replaced.enter_context(patch(f"{grafting.__name__}.{part}", other))
-                smalls, _ = graft(source.tensors, source.config, settings, calibration, Path(folder) / str(number))
-            results[name] = losses(dense, smalls, windows)
+                smalls, extra = graft(dense, calibration, settings, Path(folder) / str(number))
+            results[name] = losses(dense, smalls, extra, windows)
             click.echo(f"{name:44}" + "".join(f"{value:9.3f}" for value in results[name].values()))
             if out:  # after each, as a method takes minutes
                 write_output(out, record | {"nats_per_token": results})

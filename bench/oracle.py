@@ -37,6 +37,7 @@ from duo_mlx.bench.prefill import CLOCKS
 from duo_mlx.bench.record import check_output, run, write_output
 from duo_mlx.bench.system import system_record
 from duo_mlx.config import LAYERS
+from duo_mlx.device import on_cpu
 from duo_mlx.model import Model
 from duo_mlx.routes import Route
 from duo_mlx.study import local, oracle
@@ -66,6 +67,10 @@ def first_layers(model: Model, count: int) -> Model:
     weights: Any = dict(tree_flatten(model.parameters()))
     kept: Any = dict(tree_flatten(cut.parameters()))
     cut.load_weights([(name, weights[name]) for name in kept])
+    if on_cpu():
+        from duo_mlx import cpu
+
+        cpu.quicken(cut)
     return cut
 
 

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from duo_mlx import checkpoint
 from duo_mlx.config import Config
-from duo_mlx.convert import calibration, plan
+from duo_mlx.convert import calibration, dense, guard, packing, plan
 from duo_mlx.convert.calibration import Calibration, Text
-from duo_mlx.convert.source import Source, as_big, open_source
-from duo_mlx.convert.tensors import Tensors
+from duo_mlx.convert.source import Source, open_source
+from duo_mlx.convert.tensors import Tensors, dtype_name
 from duo_mlx.convert.tokenizer import write_tokenizer
-from duo_mlx.convert.writer import write_weights
+from duo_mlx.convert.writer import write_more, write_weights
 from duo_mlx.errors import DuoError
 from duo_mlx.files import output_directory, refuse_existing, refuse_overlap, writing
 
 if TYPE_CHECKING:
     from duo_mlx.convert.graft import Graft
     from duo_mlx.convert.parity import Parity
+
+
+FLOAT = 16  # bits that mean: leave it in floating point
 
 
 class DisagreementError(Exception):
@@ -111,13 +114,18 @@ def convert(
         router_choices=router_choices,
     )
     found.check()
+    for line in (*found.checkpoint.notes, *found.notes):
+        watch.note(line)
     if verify and (graft is None or bits is not None):
-        from duo_mlx.convert import parity
+        from duo_mlx.convert import references
 
-        parity.check_reference(found.config | ({"small_intermediate_size": 1} if graft else {}))
-    for note in found.checkpoint.notes:
-        watch.note(note)
+        if line := references.note(found.config):
+            watch.note(line)
     refuse_overlap(found.checkpoint.source, destination)
+    if bits is not None and bits.bits not in (None, FLOAT) and packing.is_quantised(found.config):
+        raise DuoError(
+            f"--bits: {source} is quantised, and big stays as it is stored; --small-bits alone is for small FFNs"
+        )
     if graft is not None and graft.small_layers is not None:
         _check_layers(graft.small_layers, found)
     state = destination.absolute().with_name(f".{destination.absolute().name}.graft")
@@ -161,7 +169,7 @@ def judge(watch: Watch, what: str, found: "list[Parity]", *, identical_argmax: b
 
 
 def _check_layers(small_layers: tuple[int, ...], found: Source) -> None:
-    layers = found.config["num_hidden_layers"]
+    layers = Config.from_dict(found.config).num_hidden_layers
     if beyond := [layer for layer in small_layers if layer >= layers]:
         raise DuoError(f"--small-layers: there is no layer {beyond[0]}; {found.name} has layers 0 to {layers - 1}")
 
@@ -193,9 +201,13 @@ class _Job:
         """The model in float."""
         self._bring_tokenizer(directory)
         ids = self._divide(directory)
-        tensors, config = self._grafted(ids) if ids and self.graft else (self.source.tensors, self.source.config)
+        tensors, config = self.source.tensors, self.source.config
         write_weights(directory, tensors, allow_nonfinite=self.allow_nonfinite, progress=self.watch.stage("writing"))
         checkpoint.save_config(directory, config)
+        guard.check(directory, self.source.stock, Config.from_dict(self.source.config).base)
+        if ids and self.graft:
+            config = self._graft(directory, ids)
+            checkpoint.read_model(directory)  # which has a guard of its own
         if ids is not None and ids.windows is not None:
             best = calibration.measure(directory, ids.windows, self.texts, self._measured)
             checkpoint.save_config(directory, config | {"best_patterns": best})
@@ -209,7 +221,7 @@ class _Job:
 
     def _bring_tokenizer(self, directory: Path) -> None:
         try:
-            note = write_tokenizer(self.source.checkpoint, directory, self.source.config["vocab_size"])
+            note = write_tokenizer(self.source.checkpoint, directory, Config.from_dict(self.source.config).vocab_size)
         except OSError as error:
             raise DuoError(f"{error.filename2 or error.filename or directory}: {error.strerror or error}") from error
         if note:
@@ -227,7 +239,7 @@ class _Job:
         if self.calibrate is None:
             return None
         wanted = self.graft.tokens if self.graft else 0
-        longest = self.source.config.get("max_position_embeddings")
+        longest = Config.from_dict(self.source.config).max_position_embeddings
         ids = calibration.encode(directory, self.source.config, self.texts)
         found = calibration.split(
             ids, wanted, self.calibrate.measure_tokens, longest if type(longest) is int and longest > 0 else None
@@ -236,8 +248,8 @@ class _Job:
             self.watch.note(found.note)
         return found
 
-    def _grafted(self, ids: calibration.Split) -> tuple[Tensors, dict[str, Any]]:
-        """The Duo's tensors and configuration.
+    def _graft(self, directory: Path, ids: calibration.Split) -> dict[str, Any]:
+        """Add small FFNs to the dense model that was written into ``directory``; return the Duo's configuration.
 
         Raises:
             MisfitError: the graft made something else than a Duo.
@@ -245,18 +257,24 @@ class _Job:
         from duo_mlx.convert.graft import graft as make_small
 
         assert self.graft is not None
-        source, progress = self.source, self.watch.stage("grafting")
+        model = dense.host(dense.written(directory), self.source.config)
+        dtype = dtype_name(model.dtype)
         smalls, extra = make_small(
-            source.tensors, source.config, self.graft, ids.graft, self.state, progress, self.watch.note
+            model, ids.graft, self.graft, self.state, self.watch.stage("grafting"), self.watch.note
         )
-        tensors = as_big(self.source.tensors)
-        for name, tensor in smalls.items():
-            beside = tensors[name.replace(".small.", ".big.").removesuffix("bias").removesuffix("weight") + "weight"]
-            tensors[name] = tensor.astype(beside.dtype)
-        config = self.source.config | extra | {"model_type": "duo"}
-        if misfits := plan.misfits(tensors, plan.expected_shapes(Config.from_dict(config))):
+        without = {key: value for key, value in self.source.config.items() if key != "small_layers"}
+        config = {key: value for key, value in (without | extra).items() if value is not None}
+        expected = plan.expected_shapes(Config.from_dict(config))
+        of_small = {
+            name: shape
+            for name, shape in expected.items()
+            if name.startswith(tuple(f"{path}.small." for path in model.ffn_paths))
+        }
+        if misfits := plan.misfits(smalls, of_small):
             raise plan.MisfitError(self.source.name, misfits)
-        return tensors, config
+        write_more(directory, {name: tensor.astype(dtype) for name, tensor in smalls.items()}, "model-small")
+        checkpoint.save_config(directory, config)
+        return config
 
     def _verify(self, directory: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
         from duo_mlx.convert import parity
@@ -264,8 +282,7 @@ class _Job:
         if self.graft is None:
             judge(self.watch, "the model", parity.measure(directory, dict(config), tensors))
             return
-        found = parity.measure_dense(directory, self.source.tensors, self.source.config)
-        judge(self.watch, "all big and the dense model", found, identical_argmax=True)
+        judge(self.watch, "all big and the dense model", parity.measure_dense(directory), identical_argmax=True)
 
     def _quantise(self, directory: Path, quantised: Path) -> None:
         from duo_mlx.convert.quantise import quantise
@@ -280,6 +297,7 @@ class _Job:
             progress=self.watch.stage("quantising"),
         )
         self.watch.note(str(made))
+        guard.check(quantised)
         if self.verify:
             from duo_mlx.convert import parity
 

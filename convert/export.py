@@ -3,9 +3,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from duo_mlx import checkpoint
-from duo_mlx.convert import stored, tokenizer
+from duo_mlx.convert import references, stored, tokenizer
 from duo_mlx.convert.keymaps import named
 from duo_mlx.convert.tensors import Tensors, to_torch
 from duo_mlx.convert.writer import write_weights
@@ -20,18 +21,21 @@ def export(
     source: Path,
     destination: Path,
     *,
-    names: str = "canonical",
+    names: str = references.TRANSFORMERS,
     dequantise: bool = False,
     force: bool = False,
     verify: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write a model directory's weights for PyTorch; with canonical names `duo_mlx.convert.reference` loads them.
+    """Write a model directory's weights for PyTorch.
+
+    With the names "transformers", that package loads the base, and the small FFNs lie beside it; with canonical names
+    `duo_mlx.convert.reference` loads a Llama.
 
     Args:
         source: a model directory.
         destination: a name in ``.pt``, ``.pth`` or ``.bin`` becomes a state dict, every other a directory with
             config.json, safetensors and the tokenizer. It must not exist, unless ``force`` is given.
-        names: a key map's, see `duo_mlx.convert.keymaps.NAMES`.
+        names: "transformers", or a key map's, see `duo_mlx.convert.keymaps.NAMES`.
         dequantise: let a quantised model become the numbers that it stands for, in the type of its scales.
         force: replace what is there.
         verify: is called with what was written, before it gets its name; what it raises leaves nothing written.
@@ -45,7 +49,12 @@ def export(
         raise DuoError(f"{destination}: give a directory, or a name in {', '.join(PICKLES)}")
     config = checkpoint.read_config(source)
     weights = stored.weights(source, dequantise="stored" if dequantise else None)
-    weights = named(names).from_canonical(weights, config)
+    plain = {key: value for key, value in sorted(config.items()) if key not in OURS}
+    if names == references.TRANSFORMERS:
+        weights = _for_transformers(source, config, weights)
+        plain["model_type"] = plain.pop("base_model_type", "llama")
+    else:
+        weights = named(names).from_canonical(weights, config)
     if destination.suffix in PICKLES:
         with output_file(destination, force) as file:
             _save_state(file, weights)
@@ -53,12 +62,22 @@ def export(
                 verify(file)
         return
     with output_directory(destination, force) as directory:
-        kept = {key: value for key, value in sorted(config.items()) if key not in OURS}
-        write_text(directory / "config.json", json.dumps(kept, indent=2) + "\n")
+        write_text(directory / "config.json", json.dumps(plain, indent=2, sort_keys=True) + "\n")
         write_weights(directory, weights, metadata={"format": "pt"}, allow_nonfinite=True)
         tokenizer.write(source, directory, config["vocab_size"])
         if verify is not None:
             verify(directory)
+
+
+def _for_transformers(source: Path, config: dict[str, Any], weights: Tensors) -> Tensors:
+    try:
+        return references.transformers_names(config, weights)
+    except ImportError:
+        raise DuoError(
+            "the names of transformers need it: pip install 'duo-mlx[torch]'; --names canonical does not"
+        ) from None
+    except DuoError as error:
+        raise DuoError(f"{source}: {error}; --names canonical writes it in mlx-lm's names") from None
 
 
 def _save_state(file: Path, weights: Tensors) -> None:

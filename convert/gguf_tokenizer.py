@@ -1,8 +1,11 @@
-"""Tokenizer files from a GGUF file's metadata: GPT-2's kind of BPE, and sentencepiece's.
+"""Make tokenizer files of a GGUF file's metadata: GPT-2's kind of BPE, and sentencepiece's.
 
 GGUF stores the vocabulary and the merges but only a *name* for how a text is cut before them, ``tokenizer.ggml.pre``.
 `CUTS` holds what these names mean in the tokenizers that they come from; "default" is llama.cpp's own. A name that is
 not in it is refused, as a wrong cut gives other ids in places that nobody looks at.
+
+transformers builds tokenizers of GGUF files, too. It takes GPT-2's cut for names that it does not know, such as
+SmolLM's, and of Mistral's vocabulary it gives other ids wherever a text begins with a space.
 """
 
 import json
@@ -14,23 +17,29 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from duo_mlx.convert.readers import gguf_header
-from duo_mlx.convert.readers.gguf import token_ids
+from duo_mlx.convert.readers.gguf_metadata import CONTROL, TOKENIZER, token_ids
 from duo_mlx.convert.readers.text import shown
-from duo_mlx.convert.tokenizer import CONFIG, from_proto
+from duo_mlx.convert.sentencepiece_bpe import CONFIG, SPACE, from_proto
 from duo_mlx.errors import DuoError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, sentencepiece's numbers
-PREFIX = "tokenizer.ggml."
+NORMAL, UNKNOWN, USER_DEFINED, BYTE = 1, 2, 4, 6  # token types, sentencepiece's numbers
+PREFIX = TOKENIZER
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' words and GGUF's
 
-_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TIKTOKEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|" + _TAIL
-_DEFAULT = (
-    r"[\p{P}\$\+<=>\^~\|]+",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
-    r"\p{N}+",
-    r"[0-9][0-9][0-9]",
-)
+_PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")  # Phi 3's tokens that leave the space after them
+
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
+_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n%s]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_ENDING}|{_WORD}|\p{{N}}{{1,3}}|{_TAIL % ''}"
+_QWEN2 = rf"{_ENDING}|{_WORD}|\p{{N}}|{_TAIL % ''}"
+_GPT4O = rf"{_CASED % (f'{_ENDING}?', f'{_ENDING}?')}|\p{{N}}{{1,3}}|{_TAIL % '/'}"
+_TEKKEN = rf"{_CASED % ('', '')}|\p{{N}}|{_TAIL % '/'}"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}")
 
 
 def _split(*patterns: str) -> Callable[[], Any]:
@@ -45,17 +54,23 @@ def _gpt2() -> Any:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-def _smollm() -> Any:
+def _digits() -> Any:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
 CUTS: dict[str, Callable[[], Any]] = {
     "default": _split(*_DEFAULT),
-    "gpt-2": _gpt2,
-    "llama-bpe": _split(_TIKTOKEN % "{1,3}"),
-    "qwen2": _split(_TIKTOKEN % ""),
-    "smollm": _smollm,
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "exaone4"), _gpt2),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "dbrx", "smaug-bpe"), _split(_LLAMA3)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"), _split(_QWEN2)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _digits),
+    **dict.fromkeys(("gpt-4o", "llama4"), _split(_GPT4O)),
+    "tekken": _split(_TEKKEN),
+    "deepseek-coder": _split(*_DEEPSEEK_CODER),
 }
+WHOLE = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")  # take a word that is a token as it is, merges or not
+FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")  # begin a text with bos unless the file says otherwise
+NFC = ("qwen2", "deepseek-r1-qwen")
 
 
 def write(file: Path, destination: Path, vocab_size: int) -> None:
@@ -83,11 +98,13 @@ def write(file: Path, destination: Path, vocab_size: int) -> None:
 
 
 def is_beside(file: Path) -> bool:
-    """Whether a tokenizer.json lies beside the GGUF ``file`` and has its tokens: it says more than the metadata."""
+    """Return whether a tokenizer.json lies beside the GGUF ``file`` and has its tokens, or the file has none."""
     other = file.parent / "tokenizer.json"
     if not other.is_file():
         return False
     tokens = gguf_header.read(file).metadata.get(f"{PREFIX}tokens")
+    if tokens is None:
+        return True
     try:
         vocab = Tokenizer.from_file(str(other)).get_vocab(with_added_tokens=True)
     except Exception:  # noqa: BLE001 (tokenizers raises the bare class; such a file says nothing)
@@ -114,7 +131,7 @@ def build(metadata: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
     make = _gpt2_bpe if model == "gpt2" else _sentencepiece
     tokenizer, config = make(metadata, tokens, types, roles)
     config = config | {f"{role}_token": token for role, token in roles.items()}
-    first = metadata.get(f"{PREFIX}add_bos_token", model == "llama" or metadata.get(f"{PREFIX}pre") == "llama-bpe")
+    first = metadata.get(f"{PREFIX}add_bos_token", model == "llama" or metadata.get(f"{PREFIX}pre") in FIRST)
     last = metadata.get(f"{PREFIX}add_eos_token", False)
     _surround(tokenizer, roles.get("bos") if first else None, roles.get("eos") if last else None)
     if isinstance(template := metadata.get("tokenizer.chat_template"), str):
@@ -152,9 +169,8 @@ def _gpt2_bpe(
     for merge in merges:
         if len(merge) != 2 or not all(part in vocab for part in (*merge, "".join(merge))):
             raise DuoError(f"its {PREFIX}merges has {shown(' '.join(merge))!r}, not two tokens that make a third")
-    # llama 3 takes a word that is a token as it is, merges or not
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=cut == "llama-bpe"))
-    if cut == "qwen2":
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=cut in WHOLE))
+    if cut in NFC:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = CUTS[cut]()
     tokenizer.decoder = decoders.ByteLevel()
@@ -174,19 +190,42 @@ def _sentencepiece(
     if len(scores) != len(tokens) or not all(NORMAL <= kind <= BYTE for kind in types):
         raise DuoError(f"its tokenizer has {len(tokens)} tokens, {len(scores)} scores and types up to {max(types)}")
     proto = sentencepiece_model_pb2.ModelProto()
+    prefix = metadata.get(f"{PREFIX}add_space_prefix", True) is True
+    if "unk" in roles:  # Gemma's is a control token
+        types = [UNKNOWN if token == roles["unk"] else kind for token, kind in zip(tokens, types, strict=True)]
+    if UNKNOWN not in types:
+        raise DuoError("is damaged or no sentencepiece model (no token is the unknown one)")
     for token, score, kind in zip(tokens, scores, types, strict=True):
-        proto.pieces.add(piece=token, score=score, type=kind)
+        # llama.cpp's converter writes user-defined symbols with spaces
+        proto.pieces.add(piece=token if kind != USER_DEFINED else token.replace(" ", SPACE), score=score, type=kind)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type, trainer.byte_fallback, trainer.vocab_size = trainer.BPE, BYTE in types, len(tokens)
     for role, token in roles.items():
         setattr(trainer, f"{role}_piece", token)
         setattr(trainer, f"{role}_id", tokens.index(token))
     normalizer.name = "identity"
-    normalizer.add_dummy_prefix = metadata.get(f"{PREFIX}add_space_prefix", True) is True
+    normalizer.add_dummy_prefix = prefix
     normalizer.remove_extra_whitespaces = metadata.get(f"{PREFIX}remove_extra_whitespaces", False) is True
     if charsmap := _list(metadata, "precompiled_charsmap", int, []):
         normalizer.precompiled_charsmap = bytes(number & 255 for number in charsmap)
-    return from_proto(proto, added=True)
+    tokenizer, config = from_proto(proto, added=True)
+    phi3 = metadata.get("general.architecture") == "phi3"
+    return _adjusted(tokenizer, normalised=not prefix, stripped=phi3), config
+
+
+def _adjusted(tokenizer: Tokenizer, normalised: bool, stripped: bool) -> Tokenizer:
+    """Return the tokenizer with other flags of its added tokens.
+
+    Args:
+        tokenizer: what `from_proto` makes.
+        normalised: look for user-defined symbols in the normalised text, where runs of spaces are found, too.
+        stripped: a token takes the spaces after it, as llama.cpp does for Phi 3.
+    """
+    state = json.loads(tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["normalized"] = normalised and not token["special"]
+        token["rstrip"] = stripped and token["content"] not in _PHI3_PLAIN
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def _surround(tokenizer: Tokenizer, first: str | None, last: str | None) -> None:

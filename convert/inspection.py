@@ -12,14 +12,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from duo_mlx.config import Config
-from duo_mlx.convert import keymaps, plan, settings, stored
+from duo_mlx.convert import keymaps, packing, plan, settings
+from duo_mlx.convert import source as sources
 from duo_mlx.convert.readers import gguf_header, open_checkpoint
 from duo_mlx.convert.readers.text import read_object
-from duo_mlx.convert.tensors import DTYPES, Checkpoint, Tensor, Tensors
+from duo_mlx.convert.tensors import Checkpoint, Tensors
 from duo_mlx.convert.tokenizer import write_tokenizer
 from duo_mlx.errors import DuoError
 
-LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+LAYER = re.compile(r"[^0-9]+\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -96,39 +97,38 @@ def describe(source: str | Path, *, config: Path | None = None, revision: str | 
     Raises:
         DuoError: there is none, or it is damaged.
     """
-    checkpoint = _open_quantised(Path(source)) if config is None and revision is None else None
-    if checkpoint is None:
-        checkpoint = open_checkpoint(source, config=config, revision=revision, bare=True)
-    return inspect(checkpoint, str(source))
+    return inspect(open_checkpoint(source, config=config, revision=revision, bare=True), str(source))
 
 
 def inspect(checkpoint: Checkpoint, source: str) -> Inspection:
     """What ``checkpoint``, which a user calls ``source``, is."""
     problems: list[str] = []
     config = checkpoint.config
-    keymap = None
+    keymap, tensors = None, dict(checkpoint.tensors)
     try:
+        keymap = sources.detect(checkpoint, str(settings.named_base(config)))
         # how many heads to permute, only a configuration says; here rows need not be in their places
-        keymap = keymaps.detect(checkpoint.tensors, rope=None if config else "half")
-        tensors = keymap.to_canonical(checkpoint.tensors, config)
+        tensors = keymaps.named(keymap.name, None if config else "half").to_canonical(checkpoint.tensors, config)
     except DuoError as error:  # unknown names, or a configuration without what this map needs
         problems.append(_unsupported(checkpoint) or str(error))
-        tensors = dict(checkpoint.tensors)
     tensors = plan.kept(tensors, tied=False)
     rows, kind = _rows(tensors), _kind(config, tensors)
-    problems += _problems(checkpoint, tensors, kind) if keymap is not None and not problems else []
+    known: Config | None = None
+    if keymap is not None and not problems:
+        known, problems = _understood(checkpoint, kind)
     quantised = _quantised(config)
-    problems += _tokenizer_problems(checkpoint, config) if config and kind != "unknown" and quantised is None else []
-    size, heads = config.get("hidden_size", rows.get("model.norm.weight")), config.get("num_attention_heads")
-    head_dim, queries = config.get("head_dim"), rows.get("self_attn.q_proj.weight")
+    problems += _tokenizer_problems(checkpoint, known.vocab_size) if known and kind != "unknown" else []
+    tied, queries = config.get("tie_word_embeddings"), rows.get("self_attn.q_proj.weight")
+    heads = known.num_attention_heads or None if known else config.get("num_attention_heads")
+    head_dim = known.head_dim or None if known else config.get("head_dim")
     if head_dim is None and queries is not None and type(heads) is int and heads > 0:
         head_dim = queries // heads
-    names = {name.partition(".mlp.")[2] for name in tensors if ".mlp." in name}
-    tied = config.get("tie_word_embeddings")
+    width = known.intermediate_size or None if known else None
+    embedded = rows.get("model.embed_tokens.weight", config.get("vocab_size"))
     return Inspection(
         source=source,
         kind=kind,
-        architecture=config.get("model_type"),
+        architecture=config.get("base_model_type", config.get("model_type")),
         format=checkpoint.format,
         files=tuple(file.name for file in checkpoint.files),
         bytes=sum(file.stat().st_size for file in checkpoint.files),
@@ -137,19 +137,19 @@ def inspect(checkpoint: Checkpoint, source: str) -> Inspection:
         dtypes=dict(Counter(tensor.stored or tensor.dtype for tensor in checkpoint.tensors.values()).most_common()),
         quantised=quantised,
         key_map=None if keymap is None else keymap.name,
-        layers=config.get("num_hidden_layers") or _layers(tensors, "") or None,
-        small_layers=_layers(tensors, "mlp.small.gate_proj.weight") or None,
-        hidden_size=size,
+        layers=known.num_hidden_layers if known else config.get("num_hidden_layers") or _layers(tensors, "") or None,
+        small_layers=_layers(tensors, ".small.gate_proj.weight") or None,
+        hidden_size=known.hidden_size if known else config.get("hidden_size", rows.get("model.norm.weight")),
         attention_heads=heads,
-        key_value_heads=config.get("num_key_value_heads") or heads,
+        key_value_heads=known.num_key_value_heads or None if known else config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        intermediate_size=rows.get("mlp.big.gate_proj.weight", rows.get("mlp.gate_proj.weight")),
-        small_intermediate_size=rows.get("mlp.small.gate_proj.weight"),
-        vocab_size=rows.get("model.embed_tokens.weight", config.get("vocab_size")),
+        intermediate_size=width or rows.get("mlp.big.gate_proj.weight", rows.get("mlp.gate_proj.weight")),
+        small_intermediate_size=next((rows[name] for name in rows if name.endswith(".small.gate_proj.weight")), None),
+        vocab_size=known.vocab_size if known else embedded,
         tied_head=("lm_head.weight" not in tensors if rows else None) if tied is None else bool(tied),
         attention_bias=any(name.endswith("q_proj.bias") for name in tensors),
-        mlp_bias=any(name.endswith("gate_proj.bias") for name in names),
-        router=any(name.startswith("router.") for name in names),
+        mlp_bias=any(name.endswith("gate_proj.bias") and ".small." not in name for name in tensors),
+        router=kind == "Duo" and any(settings.ROUTER.match(name) for name in tensors),
         tokenizer=_tokenizer(checkpoint),
         problems=tuple(problems),
         commands=_commands(source, checkpoint, kind, quantised is not None, keymap is not None, bool(problems)),
@@ -167,45 +167,37 @@ def _rows(tensors: Tensors) -> dict[str, int]:
 
 
 def _kind(config: Mapping[str, Any], tensors: Tensors) -> str:
-    if settings.is_duo(config) or any(".mlp.small." in name for name in tensors):
+    if settings.is_duo(config) or any(".small." in name for name in tensors):
         return "Duo"
-    return "dense" if any(name.endswith(".mlp.gate_proj.weight") for name in tensors) else "unknown"
+    named = config.get("model_type") is not None or any(name.endswith(".mlp.gate_proj.weight") for name in tensors)
+    return "dense" if named else "unknown"
 
 
-def _layers(tensors: Tensors, below: str) -> int:
-    matches = (LAYER.fullmatch(name) for name in tensors)
-    return len({match[1] for match in matches if match and match[2].startswith(below)})
+def _layers(tensors: Tensors, ending: str) -> int:
+    matches = (LAYER.fullmatch(name) for name in tensors if name.endswith(ending))
+    return len({match[1] for match in matches if match})
 
 
-def _problems(checkpoint: Checkpoint, tensors: Tensors, kind: str) -> list[str]:
-    """Why `duo-mlx convert` would refuse it, as far as headers tell."""
+def _understood(checkpoint: Checkpoint, kind: str) -> tuple[Config | None, list[str]]:
+    """The configuration, and why `duo-mlx convert` would refuse the checkpoint, as far as headers tell."""
     if not checkpoint.config:
-        return ["there is no config.json; give one with --config FILE"]
-    quantised = settings.is_quantised(checkpoint.config)
-    if quantised and kind == "Duo":
-        return []
-    if quantised:
-        return ["it is quantised by MLX; a dense model is taken in float"]
+        return None, ["there is no config.json; give one with --config FILE"]
     try:
-        config = settings.settings(checkpoint.config, checkpoint.source)
-        config = settings.settle_router(config, None, tensors, checkpoint.source)
-        tied = config.setdefault("tie_word_embeddings", "lm_head.weight" not in tensors)
-        args = settings.dense_args(config) if kind == "dense" else Config.from_dict(config)
-        tensors = settings.with_output_biases(checkpoint.config, checkpoint.source, plan.kept(tensors, tied))
-        if wrong := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
-            kind = tensors[wrong[0]].dtype
-            return [f"{wrong[0]} is {kind}; weights must be {', '.join(DTYPES)}"]
-        misfits = plan.misfits(tensors, plan.expected_shapes(args, dense=kind == "dense"))
+        found = sources.describe(checkpoint, checkpoint.source, graft=kind == "dense")
+        found.check()
+    except plan.MisfitError:
+        pass
     except DuoError as error:
-        return [str(error)]
+        return None, [str(error)]
+    config, misfits = Config.from_dict(found.config), plan.misfits(found.tensors, found.expected)
     if not misfits:
-        return []
-    return [f"{len(misfits)} tensors do not fit config.json ({misfits[0]}); --dry-run lists them"]
+        return config, []
+    return config, [f"{len(misfits)} tensors do not fit config.json ({misfits[0]}); --dry-run lists them"]
 
 
 def _unsupported(checkpoint: Checkpoint) -> str | None:
     """What the configuration alone forbids, which says more than names that fit no key map."""
-    if not checkpoint.config or settings.is_quantised(checkpoint.config):
+    if not checkpoint.config or packing.is_quantised(checkpoint.config):
         return None
     try:
         settings.settings(checkpoint.config, checkpoint.source)
@@ -214,11 +206,8 @@ def _unsupported(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _tokenizer_problems(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+def _tokenizer_problems(checkpoint: Checkpoint, size: int) -> list[str]:
     """Why the tokenizer would be refused."""
-    size = config.get("vocab_size")
-    if type(size) is not int:
-        return []
     with TemporaryDirectory() as made:
         try:
             write_tokenizer(checkpoint, Path(made), size)
@@ -228,7 +217,7 @@ def _tokenizer_problems(checkpoint: Checkpoint, config: Mapping[str, Any]) -> li
 
 
 def _quantised(config: Mapping[str, Any]) -> str | None:
-    if not settings.is_quantised(config):
+    if not packing.is_quantised(config):
         return settings.foreign_quantisation(config)
     said = config["quantization"]
     special = Counter(value["bits"] for value in said.values() if isinstance(value, dict) and "bits" in value)
@@ -238,7 +227,7 @@ def _quantised(config: Mapping[str, Any]) -> str | None:
 
 def _parameters(checkpoint: Checkpoint) -> int:
     """How many numbers the tensors stand for; scales and biases of a quantised module are none of them."""
-    if not settings.is_quantised(checkpoint.config):
+    if not packing.is_quantised(checkpoint.config):
         return sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
     said, total = checkpoint.config["quantization"], 0
     for name, tensor in checkpoint.tensors.items():
@@ -251,20 +240,6 @@ def _parameters(checkpoint: Checkpoint) -> int:
             bits = own.get("bits") if isinstance(own, dict) else said.get("bits")
             total += prod(tensor.shape) * 32 // (bits or 32)
     return total
-
-
-def _open_quantised(directory: Path) -> Checkpoint | None:
-    """A directory of MLX's quantised weights, which the readers refuse; None if it is something else."""
-    if not (directory / "config.json").is_file():
-        return None
-    config = read_object(directory / "config.json")
-    files = tuple(sorted(directory.glob("model*.safetensors")))
-    if not settings.is_quantised(config) or not files:
-        return None
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= stored.headers(file)
-    return Checkpoint(directory, "safetensors", files, tensors, config)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> str | None:

@@ -1,38 +1,35 @@
 """``--verify``: a model directory's logits beside another implementation's, on the same tokens and routes.
 
-The other one is the PyTorch reference with the source's weights, with an export's, or with what a quantised directory's
-weights stand for; or, for a dense model and the Duo that it became, mlx-lm's llama. Both sides compute in float32.
+The other one is the reference in PyTorch (`duo_mlx.convert.references`) with the source's weights, with an export's, or
+with what a quantised directory's weights stand for. Where PyTorch has no reference, and for a dense model and the Duo
+that it became, it is mlx-lm's own model, for the route big alone. Both sides compute in float32.
 
 In models with large activations (a grafted SmolLM2 is one) float32 alone costs some logits up to a hundred times the
 tolerance, in PyTorch as in MLX: both are as far from the reference in double precision as from each other. There the
 difference is judged by what it does to the distribution, see `failures`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm import utils as mlx_lm_utils
-from mlx_lm.models import llama
 from numpy.typing import NDArray
 
-from duo_mlx import checkpoint
+from duo_mlx import checkpoint, guard, hosting
 from duo_mlx.config import Config
-from duo_mlx.convert import stored
+from duo_mlx.convert import dense, references, settings, stored
 from duo_mlx.convert.keymaps import named
 from duo_mlx.convert.readers import open_checkpoint
-from duo_mlx.convert.tensors import Tensors, to_torch
-from duo_mlx.errors import DuoError
+from duo_mlx.convert.references import Reference
+from duo_mlx.convert.tensors import Tensors
 from duo_mlx.model import Model
 from duo_mlx.policies import RandomPolicy
 from duo_mlx.routed import ask
 from duo_mlx.routes import Route, Routes, parse_pattern
-
-if TYPE_CHECKING:
-    from duo_mlx.convert.reference import DuoConfig, DuoModel
 
 TOLERANCE = 1e-4  # on logits
 ROUNDING = 0.1  # on single logits, where the distributions agree
@@ -65,7 +62,9 @@ def measure(
     *,
     rounded: bool = False,
 ) -> list[Parity]:
-    """A Duo directory and the PyTorch reference for big, small, skip and random routes, on random tokens.
+    """A Duo directory and the reference for big, small, skip and random routes, on random tokens.
+
+    Where PyTorch has no reference (`duo_mlx.convert.references.lacking`), mlx-lm's own model is it, for big alone.
 
     If there are routers, also for the routes of the reference's. The directory's must agree: as a decision may hang on
     rounding, a route's logit may lag behind the largest one by the tolerance, relative to the layer's logits.
@@ -81,10 +80,15 @@ def measure(
             are computed with.
 
     Raises:
-        DuoError: PyTorch is not installed, or its reference lacks an option of this configuration.
+        DuoError: PyTorch is not installed, or the reference does not take the weights.
     """
-    reference = _reference(config, weights)
     model = _model(directory, rounded)
+    if references.lacking(config):
+        return [_all_big(model, _dense_logits(config, weights), _inputs(model.config, batch, tokens, seed))]
+    return _measured(model, references.made(config, weights), batch, tokens, seed)
+
+
+def _measured(model: Model, reference: Reference, batch: int, tokens: int, seed: int) -> list[Parity]:
     layers = model.config.num_hidden_layers
     inputs = _inputs(model.config, batch, tokens, seed)
     fixed = {word: parse_pattern(word, layers) for word in ("big", "small", "skip")}
@@ -96,7 +100,7 @@ def measure(
     return [*found, _by_router(reference, model, inputs)] if model.config.router_choices else found
 
 
-def _by_router(reference: "DuoModel", model: Model, inputs: NDArray[np.int64]) -> Parity:
+def _by_router(reference: Reference, model: Model, inputs: NDArray[np.int64]) -> Parity:
     expected, routes = _run(reference, inputs, None)
     logits, said = ask(model, mx.array(inputs), routes.astype(np.uint8))
     row = compare("router", expected, np.array(logits))
@@ -124,7 +128,13 @@ def measure_quantised(directory: Path, batch: int = 2, tokens: int = 64, seed: i
 
 
 def measure_export(
-    exported: Path, directory: Path, *, names: str = "canonical", batch: int = 2, tokens: int = 64, seed: int = 0
+    exported: Path,
+    directory: Path,
+    *,
+    names: str = references.TRANSFORMERS,
+    batch: int = 2,
+    tokens: int = 64,
+    seed: int = 0,
 ) -> list[Parity]:
     """A model directory and the PyTorch reference with what was exported from it, as `measure`.
 
@@ -136,40 +146,33 @@ def measure_export(
     """
     config = checkpoint.read_config(directory)
     found = open_checkpoint(exported, config=directory / "config.json").tensors
+    if names == references.TRANSFORMERS:
+        return _measured(_model(directory, True), references.of_transformers(config, found), batch, tokens, seed)
     weights = named(names).to_canonical(found, config)
     return measure(directory, config, weights, batch, tokens, seed, rounded=True)
 
 
-def measure_dense(
-    directory: Path, dense_weights: Tensors, config: dict[str, Any], batch: int = 2, tokens: int = 64, seed: int = 0
-) -> list[Parity]:
-    """A Duo directory with all routes big and the dense model that it came from, run by mlx-lm's llama.
+def measure_dense(directory: Path, batch: int = 2, tokens: int = 64, seed: int = 0) -> list[Parity]:
+    """A Duo directory with all routes big and mlx-lm's own model of the base with the same weights.
 
     Args:
         directory: the model directory.
-        dense_weights: by canonical names, ``model.layers.N.mlp.gate_proj.weight`` and so on.
-        config: the dense model's, with Llama's keys.
         batch, tokens, seed: as for `measure`.
-
-    Raises:
-        DuoError: weights and configuration disagree.
     """
-    config = config | {"model_type": "llama"}
-    if config.get("layer_types") and "full_attention" not in config["layer_types"]:
-        # mlx-lm's llama cannot be made without a layer of full attention; within the window there is no difference
-        tokens = min(tokens, config["sliding_window"])
-        config |= {"layer_types": None, "sliding_window": None}
-    try:
-        dense = llama.Model(llama.ModelArgs.from_dict(config))
-        loaded = {name: tensor.load().astype(mx.float32) for name, tensor in dense_weights.items()}
-        dense.load_weights(list(dense.sanitize(loaded).items()))
-    except (ValueError, TypeError, KeyError) as error:
-        raise DuoError(f"--verify: the dense model cannot be made: {' '.join(str(error).split())}") from error
     model = _model(directory)
-    inputs = _inputs(model.config, batch, tokens, seed)
-    theirs = np.array(dense(mx.array(inputs)))
-    ours = np.array(model(mx.array(inputs), routes=parse_pattern("big", model.config.num_hidden_layers)))
-    return [compare("big", theirs, ours)]
+    return [_all_big(model, hosting.without(model), _inputs(model.config, batch, tokens, seed))]
+
+
+def _all_big(model: Model, dense_logits: Callable[[mx.array], mx.array], inputs: NDArray[np.int64]) -> Parity:
+    given = mx.array(inputs)
+    return compare("big", np.array(dense_logits(given)), np.array(guard.all_big(model, given)))
+
+
+def _dense_logits(config: dict[str, Any], weights: Tensors) -> Callable[[mx.array], mx.array]:
+    model = dense.host(weights, {key: value for key, value in config.items() if key != "quantization"})
+    model.set_dtype(mx.float32)
+    logits: Callable[[mx.array], mx.array] = hosting.without(model)
+    return logits
 
 
 def compare(route: str, theirs: NDArray[np.floating], ours: NDArray[np.floating]) -> Parity:
@@ -211,47 +214,14 @@ def _model(directory: Path, rounded: bool = False) -> Model:
     return model
 
 
-def _inputs(args: Config, batch: int, tokens: int, seed: int) -> NDArray[np.int64]:
-    tokens = min(tokens, args.max_position_embeddings or tokens)
-    return np.random.default_rng(seed).integers(0, args.vocab_size, (batch, tokens))
-
-
-def check_reference(config: dict[str, Any]) -> "DuoConfig":
-    """Check that the PyTorch reference can do what a config.json says, before the work that it is to verify.
-
-    Raises:
-        DuoError: PyTorch is not installed, or its reference lacks an option of this configuration.
-    """
-    try:
-        from duo_mlx.convert.reference import DuoConfig
-    except ImportError:
-        raise DuoError("--verify needs PyTorch: pip install 'duo-mlx[torch]'") from None
-    if "sliding_attention" in Config.from_dict(config).layer_types:
-        raise DuoError("--verify: the PyTorch reference knows no sliding_attention; convert without it")
-    try:
-        return DuoConfig.from_dict(config)
-    except ValueError as error:
-        raise DuoError(f"--verify: {error}; convert without it") from None
-
-
-def _reference(config: dict[str, Any], weights: Tensors) -> "DuoModel":
-    said = check_reference(config)
-    from duo_mlx.convert.reference import DuoModel
-
-    try:
-        reference = DuoModel(said).eval()
-    except ValueError as error:
-        raise DuoError(f"--verify: {error}; convert without it") from None
-    state = {name: to_torch(tensor.load()).float() for name, tensor in weights.items()}
-    try:
-        reference.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise DuoError(f"--verify: the weights do not fit the reference: {' '.join(str(error).split())}") from None
-    return reference
+def _inputs(config: Config, batch: int, tokens: int, seed: int) -> NDArray[np.int64]:
+    window = settings.unread_window(config.to_dict())  # where transformers slides and mlx-lm does not
+    tokens = min(tokens, config.max_position_embeddings or tokens, window or tokens)
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, tokens))
 
 
 def _run(
-    reference: "DuoModel", inputs: NDArray[np.int64], routes: Routes | None
+    reference: Reference, inputs: NDArray[np.int64], routes: Routes | None
 ) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
     """Logits and the routes that were taken; None: by the reference's routers."""
     import torch

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duo_mlx import checkpoint
 from duo_mlx.config import Config
+from duo_mlx.convert import dense
 from duo_mlx.convert.keymaps import KeyMap
 from duo_mlx.convert.tensors import Tensor, Tensors
 from duo_mlx.errors import DuoError
@@ -71,73 +73,22 @@ def mapped(tensors: Tensors, keymap: KeyMap, config: Mapping[str, Any], source: 
         raise DuoError(f"{source}: {error}") from None
 
 
-def empty_model(args: Config) -> "Model":
-    """The model with weights that are never computed: it is there for their names and shapes.
+def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Return the names of a Duo's weights in float and their shapes, in the model's order.
 
     Raises:
-        DuoError: the settings make no model.
+        DuoError: the configuration makes no model.
     """
-    from duo_mlx.model import Model
-
-    try:
-        return Model(args)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:  # mlx-lm's and MLX's word for bad settings
-        raise DuoError(f"config.json: no model can be made of it: {' '.join(str(error).split())}") from error
+    return shapes_of(dense.empty(config))
 
 
-def expected_shapes(args: Config, dense: bool = False) -> dict[str, tuple[int, ...]]:
-    """The canonical names of a model's weights and their shapes; ``dense``: of one without small FFNs and routers.
-
-    They are said here once more, in the model's order, because the model needs mlx-lm, which takes seconds to import.
-
-    Raises:
-        DuoError: the settings make no model.
-    """
-    for name in ("head_dim", "num_key_value_heads"):
-        value = getattr(args, name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise DuoError(f"config.json: {name} is {value!r}; it must be a positive integer")
-    if args.rope_scaling:
-        empty_model(args)  # mlx-lm says what it can do
-    hidden = args.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (args.vocab_size, hidden)}
-    for layer in range(args.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        shapes |= _attention_shapes(args, f"{prefix}.self_attn")
-        width, small = args.intermediate_size, args.small_intermediate_size
-        shapes |= _ffn_shapes(f"{prefix}.mlp{'' if dense else '.big'}", hidden, width, args.mlp_bias)
-        if not dense and args.has_small(layer):
-            shapes |= _ffn_shapes(f"{prefix}.mlp.small", hidden, small, args.mlp_bias or args.small_bias)
-        if not dense and args.router_choices:
-            shapes |= _linear(f"{prefix}.mlp.router", len(args.router_choices), args.router_width, args.router_bias)
-        shapes |= {f"{prefix}.{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
-    shapes["model.norm.weight"] = (hidden,)
-    if not args.tie_word_embeddings:
-        shapes["lm_head.weight"] = (args.vocab_size, hidden)
-    return shapes
-
-
-def _attention_shapes(args: Config, prefix: str) -> dict[str, tuple[int, ...]]:
-    width = args.head_dim or args.hidden_size // args.num_attention_heads
-    rows = {"q": args.num_attention_heads, "k": args.num_key_value_heads, "v": args.num_key_value_heads}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, heads in rows.items():
-        shapes |= _linear(f"{prefix}.{name}_proj", heads * width, args.hidden_size, args.attention_bias)
-    return shapes | _linear(f"{prefix}.o_proj", args.hidden_size, args.num_attention_heads * width, args.attention_bias)
-
-
-def _ffn_shapes(prefix: str, hidden: int, width: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    inwards = _linear(f"{prefix}.gate_proj", width, hidden, bias) | _linear(f"{prefix}.up_proj", width, hidden, bias)
-    return inwards | _linear(f"{prefix}.down_proj", hidden, width, bias)
-
-
-def _linear(module: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    weight: dict[str, tuple[int, ...]] = {f"{module}.weight": (rows, columns)}
-    return weight | {f"{module}.bias": (rows,)} if bias else weight
+def shapes_of(model: "Model") -> dict[str, tuple[int, ...]]:
+    """Return the names of a model's weights and their shapes, in its order."""
+    return {name: value.shape for name, value in checkpoint.parameters(model).items()}
 
 
 def kept(tensors: Tensors, tied: bool) -> dict[str, Tensor]:
-    """Canonical ``tensors`` without what `Model.sanitize` drops: rotary tables and a second copy of a ``tied`` head."""
+    """``tensors`` without what every base can do without: rotary tables and a second copy of a ``tied`` head."""
     return {
         name: tensor
         for name, tensor in tensors.items()
@@ -179,13 +130,19 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
+def _short(source: str | None) -> str:
+    """A row's source; of more than three tensors, such as a layer's experts, the first and the last."""
+    parts = (source or "-").split(" + ")
+    return " + ".join(parts) if len(parts) <= 3 else f"{parts[0]} + ... + {parts[-1]} ({len(parts)})"
+
+
 def table(rows: Iterable[Row]) -> str:
     """The rows as text in columns: source, target, shape, dtype and what does not fit; "-" stands for none."""
     cells = [("source", "target", "shape", "dtype", "")]
     for row in rows:
         note = row.problem or ("left out" if row.target is None else "")
         shape = "x".join(map(str, row.shape)) or "scalar"
-        cells.append((row.source or "-", row.target or "-", shape, row.dtype or "-", note))
+        cells.append((_short(row.source), row.target or "-", shape, row.dtype or "-", note))
     wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(size) for cell, size in zip(line, wide, strict=True)).rstrip() for line in cells

@@ -12,9 +12,10 @@ import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 
 from duo_mlx import checkpoint, shards
-from duo_mlx.convert.settings import is_quantised
+from duo_mlx.convert.packing import is_quantised
 from duo_mlx.errors import DuoError
 from duo_mlx.files import writing
+from duo_mlx.model import Model
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -72,11 +73,14 @@ def quantise(
     if big is None and small is None:
         raise DuoError(f"nothing is to be quantised; give --bits or --small-bits ({_one_of(BITS)})")
     config = checkpoint.read_config(directory_in)
-    if is_quantised(config):
-        raise DuoError(f"{directory_in}: is quantised already; quantise the model that it was made of")
+    if is_quantised(config) and big is not None:
+        raise DuoError(
+            f"{directory_in}: is quantised already; quantise the model that it was made of, or with --small-bits alone "
+            "its small FFNs"
+        )
     model = checkpoint.read_model(directory_in)
     default = small if big is None else big
-    choose = _predicate(big, small, default, group_size)
+    choose = _predicate(model, big, small, default, group_size)
     kept = sorted(
         path
         for path, module in model.named_modules()
@@ -84,7 +88,7 @@ def quantise(
     )
     with redirect_stdout(StringIO()):  # it prints the bits per weight
         model, config = mlx_lm_utils.quantize_model(model, config, group_size, default, quant_predicate=choose)
-    if not any(isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding) for module in model.modules()):
+    if not any("scales" in module for module in model.modules()):
         raise DuoError(
             f"{directory_in}: no width of it is a multiple of the group size {group_size}, so nothing can be quantised"
         )
@@ -107,16 +111,25 @@ def carry(directory_in: Path, directory_out: Path) -> None:
 
 
 def _predicate(
-    big: int | None, small: int | None, default: int | None, group_size: int
+    model: Model, big: int | None, small: int | None, default: int | None, group_size: int
 ) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
-    """mlx-lm's quant_predicate: True is for the default bits, which config.json then need not say for each module."""
+    """mlx-lm's quant_predicate: True is for the default bits, which config.json then need not say for each module.
 
-    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:  # noqa: ARG001
-        if path.endswith(".router"):
+    What the base's own predicate keeps in float, or wants otherwise, is as it says.
+    """
+    smalls = tuple(f"{path}.small." for path in model.ffn_paths)
+    of_base: Callable[[str, nn.Module], bool | dict[str, Any]] | None = getattr(model, "quant_predicate", None)
+
+    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        is_small = path.startswith(smalls)
+        bits = small if is_small else big
+        if bits is None or not hasattr(module, "to_quantized"):
             return False
-        bits = small if ".mlp.small." in path else big
-        if bits is None or bits == default:
-            return bits is not None
+        said = True if is_small or of_base is None else of_base(path, module)
+        if isinstance(said, dict):
+            return said if module.weight.shape[-1] % said.get("group_size", group_size) == 0 else False
+        if not said or bits == default:
+            return said
         return {"group_size": group_size, "bits": bits, "mode": "affine"}
 
     return choose

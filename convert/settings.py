@@ -1,52 +1,53 @@
-"""The settings of a source: someone's config.json in the words of `duo_mlx.model.Config`, or a line why not.
+"""The settings of a source: someone's config.json as a Duo's, whose base mlx-lm runs, or a line why not.
 
-Dense models of three families can be said in llama's words: llama itself, mistral (one sliding window everywhere) and
-qwen2 (biases on q, k and v). Whatever would make the same weights mean something else (another activation, q and k
-norms, experts, a RoPE that mlx-lm computes differently) is an error that names the key.
+The base's keys stay as they are. Keys are added where transformers and mlx-lm say one thing in different words, and
+where transformers' class has a default that mlx-lm has not. Whatever would make the same weights mean something else in
+mlx-lm (another activation, capped logits, a RoPE that it computes differently) is an error that names the key.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from duo_mlx.config import Config
+from duo_mlx import bases
+from duo_mlx.config import HEADS, HIDDEN, LAYERS, Config
+from duo_mlx.convert import rope_settings
+from duo_mlx.convert.packing import quantization, theirs
 from duo_mlx.convert.readers.text import shown
+from duo_mlx.convert.rope_settings import LIKE_LLAMA
 from duo_mlx.convert.tensors import DTYPES, Tensor, Tensors
 from duo_mlx.errors import DuoError
 
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
+# Keys that change the numbers, and the values that ask for nothing. One that mlx-lm's ModelArgs does not have is
+# refused with any other value, unless that is what transformers' class says where nobody does.
+MEANINGFUL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish"),
+    "partial_rotary_factor": (1,),
+    "rotary_pct": (1,),
+    "use_qk_norm": (False,),
+    "qk_norm": (False,),
+    "qk_layernorm": (False,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "embedding_multiplier": (1,),
+    "attention_multiplier": (),
+    "residual_multiplier": (1,),
+    "logits_scaling": (1,),
+    "clip_qkv": (),
+    "alibi": (False,),
 }
-
-# What the model does not do: the key, the values that ask for nothing, and what it is.
-ABSENT: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("hidden_act", ("silu", "swish"), "silu is supported"),
-    ("hidden_activation", ("silu", "swish"), "silu is supported"),
-    ("partial_rotary_factor", (1,), "RoPE turns whole heads"),
-    ("rotary_pct", (1,), "RoPE turns whole heads"),
-    ("use_qk_norm", (False,), "there are no norms on q and k"),
-    ("qk_norm", (False,), "there are no norms on q and k"),
-    ("qk_layernorm", (False,), "there are no norms on q and k"),
-    ("num_experts", (0, 1), "a mixture of experts is not supported"),
-    ("num_local_experts", (0, 1), "a mixture of experts is not supported"),
-    ("n_routed_experts", (0, 1), "a mixture of experts is not supported"),
-    ("attn_logit_softcapping", (), "logits are not capped"),
-    ("final_logit_softcapping", (), "logits are not capped"),
+# Keys that say the same in transformers, in this version or an earlier one, and in mlx-lm.
+ALIASES = (
+    ("num_experts", "num_local_experts", "n_routed_experts"),
+    ("n_ctx", "n_positions", "max_position_embeddings"),
 )
-
-# RoPE scalings of mlx-lm's llama that give the angles of transformers. Left out: longrope, of which mlx-lm knows the
-# long factors only; proportional, which turns a part of each head; mrope, which is for pictures.
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-STRETCHED = ("llama3", "yarn")  # know the length of the first training
-WINDOW = 4096  # of mistral and qwen2 where the key is not there
-REPLACED = ("rope_parameters", "rope_scaling", "architectures", "auto_map")  # by other keys, or by nothing
-LAYER = re.compile(r"model\.layers\.\d+\.self_attn\.")
-ROUTER = re.compile(r"model\.layers\.\d+\.mlp\.router\.")
+WINDOW = 4096  # of mistral where the key is not there
+ROUTER = re.compile(r"(?:(?!\.big\.).)+\.router\.")  # of a Duo, not of a base's experts
 
 
 def is_duo(config: Mapping[str, Any]) -> bool:
@@ -54,69 +55,87 @@ def is_duo(config: Mapping[str, Any]) -> bool:
     return config.get("small_intermediate_size") is not None or config.get("model_type") == "duo"
 
 
-def is_quantised(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of weights that MLX quantised."""
-    return isinstance(config.get("quantization"), dict)
-
-
 def foreign_quantisation(config: Mapping[str, Any]) -> str | None:
-    """By which method weights are quantised that MLX did not quantise, such as gptq; None: they are not."""
-    theirs = config.get("quantization_config")
-    if theirs is None or is_quantised(config):
+    """By which method weights are quantised that MLX does not compute with, such as gptq; None: they are not."""
+    said = theirs(config)
+    if said is None or quantization(config) is not None:
         return None
-    method = theirs.get("quant_method") if isinstance(theirs, dict) else None
+    method = said.get("quant_method") if isinstance(said, dict) else None
     return shown(method) if method else "by an unknown method"
 
 
-def family(config: Mapping[str, Any], source: Path) -> str:
-    """One of `FAMILIES`, or "duo".
+def base_type(config: Mapping[str, Any], source: Path) -> str:
+    """The ``model_type`` of the base.
 
     Raises:
-        DuoError: an architecture that is not supported.
+        DuoError: mlx-lm does not have it.
     """
-    kind = config.get("model_type")
+    kind = named_base(config)
+    try:
+        bases.classes({**config, "model_type": kind})
+    except DuoError as error:
+        raise DuoError(f"{source}: {error}") from None
+    except TypeError:  # mlx-lm looks for the architectures in a table
+        raise DuoError(f"{source}: config.json: architectures must be a list of names") from None
+    return kind
+
+
+def named_base(config: Mapping[str, Any]) -> str:
+    """The ``model_type`` of the base that a config.json names, in one way or the other; llama where it names none."""
+    kind = config.get("base_model_type") if is_duo(config) else None
+    if kind is None and config.get("model_type") != "duo":
+        kind = config.get("model_type")
     if kind is None and (architectures := config.get("architectures")):
-        named = {architecture: name for name, architecture in FAMILIES.items()} | {"DuoForCausalLM": "duo"}
-        names = [str(name) for name in (architectures if isinstance(architectures, list) else [architectures])]
-        found = [named[name] for name in names if name in named]
-        kind = found[0] if found else names[0]
-    if kind is None:
-        return "duo" if is_duo(config) else "llama"
-    if kind not in (*FAMILIES, "duo"):
-        raise DuoError(
-            f"{source}: the architecture {shown(kind)!r} is not supported; known are duo, {', '.join(FAMILIES)}"
-        )
-    return str(kind)
+        name = str(architectures[0] if isinstance(architectures, list) else architectures)
+        kind = re.sub(r"(?<!^)(?=[A-Z])", "_", name.removesuffix("ForCausalLM")).lower()
+    return "llama" if kind in (None, "duo") else str(kind)
 
 
 def settings(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """A config.json that Config and mlx-lm's llama read as ``source`` means it.
+    """The config.json of a Duo, with the base's keys and those that ``source`` means without saying them.
 
-    Of a Duo ``model_type`` becomes "duo", of a dense model "llama". Keys of no concern stay. A head that nobody says to
-    be tied or not is left to `settle_head`.
+    Of a dense model it has no layer with a small FFN. A head of which nobody says whether it is tied is left to
+    `settle_head`.
 
     Raises:
-        DuoError: what the model cannot do, or no sense can be made of.
+        DuoError: mlx-lm cannot run it, or no sense can be made of it.
     """
-    kind = family(config, source)
+    if config.get("model_file") is not None and not is_duo(config):
+        raise DuoError(f"{source}: config.json has a model_file, which is code of its own; it is not run")
+    kind = base_type(config, source)
     _check_weights(config, source)
-    for key, values, meaning in ABSENT:
-        if config.get(key) is not None and config[key] not in values:
-            raise DuoError(f"{source}: config.json says {key} {config[key]!r}; {meaning}")
-    result = {key: value for key, value in config.items() if key not in REPLACED}
-    result |= _rope(config, source, fill=kind != "duo")
-    if kind in ("mistral", "qwen2"):
-        result = {key: value for key, value in result.items() if key not in ("sliding_window", "layer_types")}
-        result |= {"attention_bias": kind == "qwen2", "mlp_bias": False}
-    if kind == "mistral":  # with its class' defaults
-        result |= _sliding(config, source, 0)
-        result.setdefault("num_key_value_heads", 8)
-    elif kind == "qwen2" and config.get("use_sliding_window"):
-        result |= _sliding(config, source, config.get("max_window_layers", 28))
+    args = bases.classes({**config, "model_type": kind})[1]
+    known = {field.name: field for field in fields(args)} if is_dataclass(args) else {}
+    made = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config", "model_file")}
+    made |= {"model_type": kind}
+    if "text_config" not in known:
+        made |= rope_settings.rope(made, source, set(known), fill=not is_duo(config))
+        made |= _aliases(made, source, set(known))
+        made |= _defaults(made, known)
+        _refuse_unread(made, source, set(known))
+    if kind == "mistral":
+        made |= _sliding(made, source)
+    if (packed := quantization(config)) is not None:
+        made["quantization"] = packed
     for key in ("dtype", "torch_dtype"):
-        if isinstance(result.get(key), str):
-            result[key] = result[key].removeprefix("torch.")
-    return result | {"model_type": "duo" if is_duo(config) else "llama"}
+        if isinstance(made.get(key), str):
+            made[key] = made[key].removeprefix("torch.")
+    made |= {"model_type": "duo", "base_model_type": kind}
+    return made if is_duo(config) else made | {"small_layers": []}
+
+
+def unread_window(config: Mapping[str, Any]) -> int | None:
+    """The tokens after which transformers' attention slides and that of mlx-lm's model does not; None: there are none.
+
+    ``config`` is of `settings`.
+    """
+    kind, window = config["base_model_type"], config.get("sliding_window")
+    args = bases.classes({**config, "model_type": kind})[1]
+    known = {field.name for field in fields(args)} if is_dataclass(args) else {"sliding_window"}
+    longest = config.get("max_position_embeddings")
+    if "sliding_window" in known or type(window) is not int or config.get("use_sliding_window") is False:
+        return None
+    return window if type(longest) is not int or window < longest else None
 
 
 def _check_weights(config: Mapping[str, Any], source: Path) -> None:
@@ -125,95 +144,87 @@ def _check_weights(config: Mapping[str, Any], source: Path) -> None:
         return
     raise DuoError(
         f"{source}: its weights are quantised ({foreign_quantisation(config)}); convert the model that it was made of, "
-        f"with weights in {', '.join(DTYPES)}"
+        f"with weights in {', '.join(DTYPES)}, or one that MLX quantised"
     )
 
 
-def _sliding(config: Mapping[str, Any], source: Path, first: int) -> dict[str, Any]:
-    """Sliding attention from layer ``first`` on, where the configuration does not say it layer by layer."""
+def _aliases(config: Mapping[str, Any], source: Path, known: set[str]) -> dict[str, Any]:
+    """The keys that mlx-lm reads and that ``config`` says in another way."""
+    found: dict[str, Any] = {}
+    for names in ALIASES:
+        value = next((config[name] for name in names if config.get(name) is not None), None)
+        if value is not None:
+            found |= {name: value for name in names if name in known and config.get(name) is None}
+    experts = next((name for name in ALIASES[0] if config.get(name) not in (None, 0, 1)), None)
+    if experts is not None and not known & set(ALIASES[0]):
+        raise DuoError(f"{source}: config.json says {experts}; mlx-lm's {config['model_type']} has no experts")
+    kinds, pattern = config.get("layer_types"), config.get("sliding_window_pattern")
+    named = "sliding_window_pattern" in known and "layer_types" not in known
+    if kinds and named and (pattern is None or type(pattern) is int):
+        found["sliding_window_pattern"] = _pattern(kinds, source)
+    return found
+
+
+def _pattern(kinds: list[str], source: Path) -> int:
+    """Every how manieth layer sees everything, as mlx-lm says it."""
+    full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    if full and full == list(range(full[0], len(kinds), full[0] + 1)):
+        return full[0] + 1
+    raise DuoError(f"{source}: config.json: in layer_types, mlx-lm expects full attention in every n-th layer")
+
+
+def _defaults(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' class says where ``config`` does not and mlx-lm's ModelArgs cannot do without."""
+    wanted = {
+        name
+        for name, field in known.items()
+        if field.default is MISSING and field.default_factory is MISSING and config.get(name) is None
+    }
+    wanted |= {"num_key_value_heads"} & (known.keys() - config.keys())
+    wanted -= {"model_type", *HIDDEN, *LAYERS, *HEADS, "vocab_size", "intermediate_size"}
+    if not wanted:
+        return {}
+    theirs = _of_transformers(config["model_type"])
+    if theirs.get("num_key_value_heads") == theirs.get("num_attention_heads"):
+        theirs.pop("num_key_value_heads", None)  # as many as there are heads is no number
+    plain = {"rope_scaling": {"rope_type": "default"}}
+    return {name: value for name in wanted if (value := theirs.get(name, plain.get(name))) is not None}
+
+
+def _of_transformers(kind: str) -> dict[str, Any]:
+    """The keys of a config.json of transformers' class with its defaults; none if it has no such class."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        made = CONFIG_MAPPING[kind]()
+    except (KeyError, ValueError, TypeError, ImportError):
+        return {}
+    found: dict[str, Any] = made.to_dict()
+    return found | (made.rope_parameters or {} if hasattr(made, "rope_parameters") else {})
+
+
+def _refuse_unread(config: Mapping[str, Any], source: Path, known: set[str]) -> None:
+    for key, harmless in MEANINGFUL.items():
+        value = config.get(key)
+        if value is None or value in harmless or key in known:
+            continue
+        if _of_transformers(config["model_type"]).get(key) == value and config["model_type"] not in LIKE_LLAMA:
+            continue
+        raise DuoError(
+            f"{source}: config.json says {key} {value!r}; mlx-lm's {config['model_type']} does not read that key, so "
+            "the weights would mean something else"
+        )
+
+
+def _sliding(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Sliding attention in all layers of a mistral, whose configuration does not say it layer by layer."""
     window, layers = config.get("sliding_window", WINDOW), config.get("num_hidden_layers")
     if window is None:
-        return {}
-    for key, value in (("sliding_window", window), ("num_hidden_layers", layers), ("max_window_layers", first)):
-        if type(value) is not int or value < (key != "max_window_layers"):
+        return {"layer_types": None}
+    for key, value in (("sliding_window", window), ("num_hidden_layers", layers)):
+        if type(value) is not int or value < 1:
             raise DuoError(f"{source}: config.json says {key} {value!r}; it must be a positive integer")
-    kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers or 0)]
-    return {"sliding_window": window, "layer_types": config.get("layer_types") or kinds}
-
-
-def _rope(config: Mapping[str, Any], source: Path, fill: bool) -> dict[str, Any]:
-    """rope_theta and rope_scaling, from those keys or from transformers 5's rope_parameters, which hold both."""
-    given = {key: config.get(key) for key in ("rope_parameters", "rope_scaling")}
-    for key, value in given.items():
-        if value is not None and not isinstance(value, dict):
-            raise DuoError(f"{source}: config.json says {key} {value!r}; it must be an object or null")
-    scaling: dict[str, Any] = dict(given["rope_scaling"] or {})
-    parameters: dict[str, Any] = dict(given["rope_parameters"] or {})
-    if nested := sorted(key for key, value in parameters.items() if isinstance(value, dict)):
-        raise DuoError(f"{source}: config.json has rope_parameters for {nested[0]}; all layers must share them")
-    if scaling and parameters and _kind(scaling, source) != _kind(parameters, source):
-        raise DuoError(f"{source}: config.json has rope_scaling and rope_parameters of different types; leave out one")
-    scaling |= parameters
-    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    if scaling.pop("partial_rotary_factor", 1) not in (1, None):
-        raise DuoError(f"{source}: config.json says partial_rotary_factor; RoPE turns whole heads")
-    kind = _kind(scaling, source)
-    if kind == "default":
-        return {"rope_theta": theta}
-    scaling = {"rope_type": kind} | {key: value for key, value in scaling.items() if key not in ("type", "rope_type")}
-    if not isinstance(scaling.get("factor"), int | float) or isinstance(scaling["factor"], bool):
-        raise DuoError(f"{source}: config.json: RoPE of type {kind} needs a factor, a number")
-    if kind in STRETCHED and fill:  # as transformers does it; mlx-lm takes a fixed number
-        length = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
-        length = length or config.get("max_position_embeddings")
-        if length is None:
-            raise DuoError(f"{source}: config.json: RoPE of type {kind} needs original_max_position_embeddings")
-        scaling["original_max_position_embeddings"] = length
-    if kind == "dynamic" and not config.get("max_position_embeddings"):
-        raise DuoError(f"{source}: config.json: RoPE of type dynamic needs max_position_embeddings")
-    if kind == "yarn":
-        scaling = _yarn(scaling, source)
-    return {"rope_theta": theta, "rope_scaling": scaling}
-
-
-def _kind(scaling: Mapping[str, Any], source: Path) -> str:
-    kinds = {str(scaling[key]) for key in ("type", "rope_type") if scaling.get(key) is not None} or {"default"}
-    if len(kinds) > 1:
-        raise DuoError(f"{source}: config.json gives RoPE two types, {' and '.join(sorted(kinds))}")
-    kind = kinds.pop()
-    if kind not in ROPE_TYPES:
-        raise DuoError(f"{source}: config.json says RoPE of type {kind!r}; supported are {', '.join(ROPE_TYPES)}")
-    return kind
-
-
-def _yarn(scaling: dict[str, Any], source: Path) -> dict[str, Any]:
-    """Without what mlx-lm does not read, and without what transformers does not read unless it is complete."""
-    for key, harmless in (("attention_factor", None), ("truncate", True)):
-        if scaling.pop(key, None) not in (None, harmless):
-            raise DuoError(f"{source}: config.json says {key} for RoPE of type yarn, which is not supported")
-    scales = ("mscale", "mscale_all_dim")
-    if not all(scaling.get(key) for key in scales):
-        scaling = {key: value for key, value in scaling.items() if key not in scales}
-    return {key: value for key, value in scaling.items() if value is not None}
-
-
-def with_output_biases(config: Mapping[str, Any], source: Path, tensors: Tensors) -> dict[str, Tensor]:
-    """Canonical ``tensors`` with what the model has and the source's family has not: of qwen2 biases of o_proj, zeros.
-
-    ``config`` is the source's own, before `settings`.
-    """
-    result = dict(tensors)
-    if family(config, source) != "qwen2":
-        return result
-    for name, tensor in tensors.items():
-        bias = f"{name.removesuffix('weight')}bias"
-        if LAYER.match(name) and name.endswith("o_proj.weight") and bias not in tensors:
-            result[bias] = _zeros(tensor.shape[:1], tensor.dtype)
-    return result
-
-
-def _zeros(shape: tuple[int, ...], dtype: str) -> Tensor:
-    return Tensor(shape, dtype, lambda: mx.zeros(shape, getattr(mx, dtype)))
+    return {"sliding_window": window, "layer_types": config.get("layer_types") or ["sliding_attention"] * (layers or 0)}
 
 
 def settle_head(config: Mapping[str, Any], tensors: Tensors, source: Path) -> dict[str, Any]:
@@ -226,6 +237,8 @@ def settle_head(config: Mapping[str, Any], tensors: Tensors, source: Path) -> di
         DuoError: a tied head is another tensor than the embedding, or an untied one is not there.
     """
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if head is None and embedding is None:  # names of another base, which mlx-lm knows what to do with
+        return dict(config)
     said = config.get("tie_word_embeddings")
     if said is not None and not isinstance(said, bool):
         raise DuoError(f"{source}: config.json says tie_word_embeddings {said!r}; it must be true or false")
@@ -276,7 +289,7 @@ def settle_router(config: Mapping[str, Any], choices: str | None, tensors: Tenso
         result["router_bias"] = True
     if config.get("router_looks_ahead") is None:
         widths = {tensor.shape[1] for tensor in routers.values() if len(tensor.shape) == 2}
-        if widths == {2 * config["hidden_size"]}:
+        if widths == {2 * Config.from_dict(dict(config) | {"router_choices": ""}).hidden_size}:
             result["router_looks_ahead"] = True
     return result
 
@@ -293,8 +306,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The configuration of weights in another type; a key that is not there is not added."""
     return {key: dtype if key in ("dtype", "torch_dtype") else value for key, value in config.items()}
-
-
-def dense_args(config: Mapping[str, Any]) -> Config:
-    """The arguments of a dense model's `settings`; its small FFN has the least width, as arguments must have one."""
-    return Config.from_dict({**config, "small_intermediate_size": 1})

@@ -1,19 +1,26 @@
-"""What a conversion starts from: a checkpoint under canonical names, its configuration in ours, and what does not fit.
+"""What a conversion starts from: a checkpoint under a Duo's names, its configuration in ours, and what does not fit.
 
 Nothing is loaded here but a head beside an embedding of which nobody says whether they are one.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from duo_mlx import shards
 from duo_mlx.config import Config
-from duo_mlx.convert import keymaps, plan, readers, settings
-from duo_mlx.convert.readers.text import is_file, read_object, shown
-from duo_mlx.convert.tensors import DTYPES, Checkpoint, Tensor
+from duo_mlx.convert import dense, keymaps, packing, plan, readers, settings
+from duo_mlx.convert.readers.text import shown
+from duo_mlx.convert.rope_settings import LIKE_LLAMA
+from duo_mlx.convert.sanitised import sanitised
+from duo_mlx.convert.tensors import DTYPES, Checkpoint, Tensor, Tensors
 from duo_mlx.errors import DuoError
+from duo_mlx.model import Model
 
-Value = TypeVar("Value")
+OWN = re.compile(r"(.+?)\.(big|small|router)\.(.+)")  # a module of a Duo's layer, in an FFN
+WRAPPED = "transformer."  # before the names of GPT-2 and its kin, where transformers saved it with a head
 
 
 @dataclass(frozen=True)
@@ -22,17 +29,32 @@ class Source:
 
     name: Path  # as the user named it
     checkpoint: Checkpoint
-    config: dict[str, Any]  # see `duo_mlx.convert.settings.settings`
-    tensors: dict[str, Tensor]  # what is to be written, by canonical names; a dense model's FFN is ``mlp``
+    config: dict[str, Any]  # a Duo's, see `duo_mlx.convert.settings.settings`; of a dense model without small FFNs
+    tensors: dict[str, Tensor]  # what is to be written, by a Duo's names; a dense model's FFN is ``big``
     expected: dict[str, tuple[int, ...]]
     dense: bool
+    cast: bool = False  # whether weights get another type than they have in the source
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth a line."""
+        window = settings.unread_window(self.config)
+        kind = self.config["base_model_type"]
+        line = (
+            f"mlx-lm's {kind} sees whole texts, so beyond {window} tokens it differs from transformers', which slides"
+        )
+        return () if window is None else (line,)
+
+    @property
+    def stock(self) -> Path | None:
+        """The directory of a dense model whose tensors are written as they are, if it is one that mlx-lm may load."""
+        directory = self.checkpoint.files[0].parent
+        untouched = self.dense and not self.cast and self.checkpoint.format == "safetensors"
+        return directory if untouched and (directory / "config.json").is_file() else None
 
     def table(self) -> str:
         """Source, target, shape and type of each tensor, and what does not fit; see `duo_mlx.convert.plan.table`."""
-        tensors, expected = (
-            (as_big(self.tensors), as_big(self.expected)) if self.dense else (self.tensors, self.expected)
-        )
-        return plan.table(plan.plan(self.checkpoint.tensors, tensors, expected))
+        return plan.table(plan.plan(self.checkpoint.tensors, self.tensors, self.expected))
 
     def check(self) -> None:
         """Check that weights and configuration agree.
@@ -40,19 +62,15 @@ class Source:
         Raises:
             DuoError: a tensor is of a type that is not written; `MisfitError`: tensors do not fit the configuration.
         """
+        kinds = tuple(shards.TYPES) if packing.is_quantised(self.config) else DTYPES
         for name, tensor in self.tensors.items():
-            if tensor.dtype not in DTYPES:
+            if tensor.dtype not in kinds:
                 raise DuoError(
                     f"{self.name}: {shown(tensor.name or name)} is {tensor.dtype}; weights must be {', '.join(DTYPES)} "
                     "(a rule of --key-map with drop = true leaves a tensor out)"
                 )
         if misfits := plan.misfits(self.tensors, self.expected):
             raise plan.MisfitError(self.name, misfits)
-
-
-def as_big(tensors: dict[str, Value]) -> dict[str, Value]:
-    """A dense model's tensors by the names that they have in a Duo, whose big FFN is the dense model's."""
-    return {name.replace(".mlp.", ".mlp.big."): value for name, value in tensors.items()}
 
 
 def open_source(
@@ -82,47 +100,141 @@ def open_source(
             configuration is left to `Source.check`.
     """
     name = Path(source)
-    _refuse_quantised(name, config)
     checkpoint = readers.open_checkpoint(source, config=config, revision=revision)
+    _refuse_quantised(checkpoint.config, name, dtype)
+    found = _open(checkpoint, name, graft, key_map, rope, default_route, router_choices)
+    return found if dtype is None else _cast(found, dtype)
+
+
+def _open(
+    checkpoint: Checkpoint,
+    name: Path,
+    graft: bool,
+    key_map: str | None = None,
+    rope: str | None = None,
+    default_route: str | None = None,
+    router_choices: str | None = None,
+) -> Source:
     made = settings.settings(checkpoint.config, name)
     if default_route is not None:
         made["default_route"] = default_route
-    tensors = plan.mapped(checkpoint.tensors, _key_map(key_map, rope, checkpoint, name), made, name)
-    _check_kind(made, tensors, name, graft)
-    tensors = settings.with_output_biases(checkpoint.config, name, tensors)
-    made = settings.settle_head(settings.settle_router(made, router_choices, tensors, name), tensors, name)
-    args = settings.dense_args(made) if graft else Config.from_dict(made)
-    tensors = plan.kept(tensors, args.tie_word_embeddings)
-    if dtype is not None:
-        tensors = {key: tensor.astype(dtype) if tensor.dtype in DTYPES else tensor for key, tensor in tensors.items()}
-        made = settings.with_dtype(made, dtype)
-    return Source(name, checkpoint, made, tensors, plan.expected_shapes(args, dense=graft), graft)
+    if rope is not None and checkpoint.format == "GGUF":
+        raise DuoError(f"--rope {rope}: a GGUF file says by its architecture how its rows lie; leave the option out")
+    mapped = _mapped(checkpoint, made, key_map, rope, name)
+    _check_kind(checkpoint.config, mapped, name, graft)
+    mapped = plan.kept(mapped, tied=False)
+    routers = mapped if settings.is_duo(checkpoint.config) else {}
+    made = settings.settle_router(made, router_choices, routers, name)
+    made = settings.settle_head(made, mapped, name)
+    mapped = plan.kept(mapped, made.get("tie_word_embeddings") is True)
+    model = dense.empty(Config.from_dict(made))
+    tensors = in_duo(model, mapped, name, sanitise="model_file" not in checkpoint.config)
+    if packing.is_quantised(made):
+        if not settings.is_duo(checkpoint.config):
+            how = made["quantization"].items()
+            made["quantization"] = {
+                model.big_name(key) if isinstance(value, dict | bool) else key: value for key, value in how
+            }
+        dense.pack(model, made["quantization"], tensors)
+    return Source(name, checkpoint, made, tensors, plan.shapes_of(model), graft)
 
 
-def _key_map(key_map: str | None, rope: str | None, checkpoint: Checkpoint, source: Path) -> keymaps.KeyMap:
+def describe(checkpoint: Checkpoint, name: Path, graft: bool) -> Source:
+    """Return what `open_source` makes of an open checkpoint, in the names and the settings that are its own."""
+    return _open(checkpoint, name, graft)
+
+
+def in_duo(model: Model, tensors: Tensors, source: Path, sanitise: bool = True) -> dict[str, Tensor]:
+    """Return ``tensors`` by the names of the empty Duo ``model``.
+
+    Args:
+        model: of the configuration.
+        tensors: by the names that the base has in a checkpoint, with ``big``, ``small`` and ``router`` in the FFNs of a
+            Duo.
+        source: for messages.
+        sanitise: bring the base's part into mlx-lm's form; a Duo that this package wrote has it.
+
+    Raises:
+        DuoError: the base does not take them.
+    """
+    if not sanitise:
+        return dict(tensors)
+    theirs: dict[str, Tensor] = {}  # the base's part
+    own: list[tuple[str, str, Tensor]] = []  # what only a Duo has: the FFN, the name in it
+    big_of: dict[str, str] = {}  # the FFN that a tensor is big in, by the name in the source
+    duo = any(".small." in name for name in tensors)
+    for name, tensor in tensors.items():
+        match = OWN.fullmatch(name) if duo else None
+        if match is None:
+            theirs[name] = tensor
+        elif match[2] == "big":
+            theirs[f"{match[1]}.{match[3]}"] = tensor
+            big_of[tensor.name] = match[1]
+        else:
+            own.append((match[1], f"{match[2]}.{match[3]}", tensor))
+    if not any(name.startswith(WRAPPED) for name in plan.shapes_of(model)):
+        theirs = {name.removeprefix(WRAPPED): tensor for name, tensor in theirs.items()}
+    found: dict[str, Tensor] = {}
+    renamed: dict[str, str] = {}  # what the FFNs are called there, and here
+    for name, tensor in sanitised(model, theirs, source).items():
+        there = big_of.get(tensor.name.partition(" + ")[0])
+        here = next((path for path in model.ffn_paths if name.startswith(f"{path}.")), None)
+        if there is not None and here is not None:
+            renamed[there] = here
+        unknown = there is not None and here is None and name.startswith(f"{there}.")
+        found[f"{there}.big{name.removeprefix(str(there))}" if unknown else model.big_name(name)] = tensor
+    return found | {f"{renamed.get(ffn, ffn)}.{rest}": tensor for ffn, rest, tensor in own}
+
+
+def _mapped(
+    checkpoint: Checkpoint, config: Mapping[str, Any], key_map: str | None, rope: str | None, source: Path
+) -> dict[str, Tensor]:
+    """The tensors by transformers' names, or by those of a Duo that this package wrote."""
+    found: keymaps.KeyMap
     if key_map is None:
+        found = detect(checkpoint, config["base_model_type"], source, rope)
+    elif key_map in keymaps.NAMES or not Path(key_map).exists():
+        found = keymaps.named(key_map, rope)
+    else:
+        found = keymaps.from_file(Path(key_map), rope)
+    return plan.mapped(checkpoint.tensors, found, config, source)
+
+
+def detect(checkpoint: Checkpoint, kind: str, source: Path | None = None, rope: str | None = None) -> keymaps.KeyMap:
+    """The key map that fits the names of a checkpoint of the base ``kind``; most bases have transformers' names alone.
+
+    Raises:
+        DuoError: none fits a Llama's names.
+    """
+    if kind in LIKE_LLAMA and checkpoint.format != "GGUF":
         return keymaps.detect(checkpoint.tensors, source, rope)
-    if key_map in keymaps.NAMES or not Path(key_map).exists():
-        return keymaps.named(key_map, rope)
-    return keymaps.from_file(Path(key_map), rope)
+    return keymaps.named("canonical", rope)
 
 
-def _check_kind(config: dict[str, Any], tensors: dict[str, Tensor], source: Path, graft: bool) -> None:
+def _check_kind(config: Mapping[str, Any], tensors: Tensors, source: Path, graft: bool) -> None:
     if settings.is_duo(config):
         if graft:
             raise DuoError(f"{source}: is a Duo model already, so there is nothing to graft; leave out --graft")
-    elif any(".mlp.small." in name for name in tensors):
+    elif any(".small." in name for name in tensors):
         raise DuoError(f"{source}: holds small FFNs, but its config.json has no small_intermediate_size")
     elif not graft:
         raise DuoError(f"{source}: is a dense model, not a Duo; --graft makes a Duo of it")
 
 
-def _refuse_quantised(source: Path, config: Path | None) -> None:
-    file = config or (source if source.is_dir() else source.parent) / "config.json"
-    if source.exists() and is_file(file) and settings.is_quantised(given := read_object(file)):
-        if settings.is_duo(given):
-            raise DuoError(
-                f"{source}: is a Duo that MLX quantised; only --to torch --dequantise takes it. For other weights "
-                "convert the model that it was made of"
-            )
-        raise DuoError(f"{source}: is quantised by MLX; a dense model is taken in float")
+def _refuse_quantised(config: Mapping[str, Any], source: Path, dtype: str | None) -> None:
+    if packing.quantization(config) is None:
+        return
+    if settings.is_duo(config):
+        raise DuoError(
+            f"{source}: is a Duo that MLX quantised; only --to torch --dequantise takes it. For other weights "
+            "convert the model that it was made of"
+        )
+    if dtype is not None:
+        raise DuoError(f"--dtype {dtype}: {source} is quantised, and its weights stay as they are stored; leave it out")
+
+
+def _cast(source: Source, dtype: str) -> Source:
+    tensors = {
+        name: tensor.astype(dtype) if tensor.dtype in DTYPES else tensor for name, tensor in source.tensors.items()
+    }
+    return replace(source, tensors=tensors, config=settings.with_dtype(source.config, dtype), cast=True)

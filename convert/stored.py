@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from safetensors import SafetensorError, safe_open
 
 from duo_mlx import checkpoint, shards
-from duo_mlx.convert.tensors import Tensor, dtype_name
+from duo_mlx.convert.tensors import Checkpoint, Tensor, dtype_name
 from duo_mlx.errors import DuoError
 
 PARTS = ("weight", "scales", "biases")  # of a quantised module
@@ -29,9 +28,7 @@ def weights(directory: Path, *, dequantise: str | None = None) -> dict[str, Tens
     model = checkpoint.read_model(directory)
     arrays = checkpoint.parameters(model)
     quantised = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+        path: module for path, module in model.named_modules() if hasattr(module, "bits") and "scales" in module
     }
     if quantised and dequantise is None:
         raise DuoError(f"{directory}: is quantised; give --dequantise to take the numbers that its weights stand for")
@@ -48,7 +45,7 @@ def weights(directory: Path, *, dequantise: str | None = None) -> dict[str, Tens
             found[name] = Tensor(arrays[name].shape, dtype_name(arrays[name].dtype), load)
         elif kind == "weight":
             parts = [readers[f"{module}.{part}"] for part in PARTS if part in quantised[module]]
-            found[name] = _dequantised(f"{directory}: {module}", quantised[module], parts, dequantise == "float32")
+            found[name] = _dequantised(quantised[module], parts, dequantise == "float32")
     return found
 
 
@@ -66,18 +63,35 @@ def _reader(file: Path, name: str) -> Callable[[], mx.array]:
     return load
 
 
-def _dequantised(what: str, module: Any, parts: list[Callable[[], mx.array]], exact: bool) -> Tensor:
-    if module.mode != "affine":
-        raise DuoError(f"{what} is quantised as {module.mode}; known is affine")
-    bits, group_size = module.bits, module.group_size
-    dtype = mx.float32 if exact else module.scales.dtype
+def _dequantised(module: Any, parts: list[Callable[[], mx.array]], exact: bool) -> Tensor:
+    bits, group_size, mode = module.bits, module.group_size, getattr(module, "mode", "affine")
+    dtype = mx.float32 if exact else module.scales.dtype if mode == "affine" else mx.bfloat16
 
     def load() -> mx.array:
-        packed, scales, biases = (part() for part in parts)
-        return mx.dequantize(packed, scales.astype(dtype), biases.astype(dtype), group_size, bits)
+        weight, scales = parts[0](), parts[1]()
+        biases = parts[2]().astype(dtype) if parts[2:] else None
+        if mode == "affine":  # the scales of other modes are eight bits wide
+            scales = scales.astype(dtype)
+        whole: mx.array = mx.dequantize(weight, scales, biases, group_size, bits, mode)
+        return whole.astype(dtype)
 
-    rows, width = module.weight.shape
-    return Tensor((rows, width * 32 // bits), dtype_name(dtype), load, stored=f"{bits} bits")
+    *rows, width = module.weight.shape
+    return Tensor((*rows, width * 32 // bits), dtype_name(dtype), load, stored=f"{bits} bits")
+
+
+def packed(directory: Path, config: dict[str, Any]) -> Checkpoint:
+    """The checkpoint in a directory of weights that MLX quantised, as they are stored.
+
+    Raises:
+        DuoError: there are none, or a file is damaged.
+    """
+    files = tuple(sorted(directory.glob("model*.safetensors")))
+    if not files:
+        raise DuoError(f"{directory}: holds no model*.safetensors, where quantised weights would be")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= headers(file)
+    return Checkpoint(directory, "safetensors", files, tensors, config)
 
 
 def headers(file: Path) -> dict[str, Tensor]:

@@ -13,12 +13,10 @@ from tokenizers import Tokenizer
 
 from duo_mlx.convert import tokenizer_config
 from duo_mlx.convert.readers.text import is_file, one_line
-from duo_mlx.convert.sentencepiece_bpe import CONFIG, from_proto, from_sentencepiece
+from duo_mlx.convert.sentencepiece_bpe import CONFIG, from_sentencepiece
 from duo_mlx.convert.tensors import Checkpoint
 from duo_mlx.errors import DuoError
 from duo_mlx.files import foreign_content
-
-__all__ = ["CONFIG", "COPIED", "from_proto", "from_sentencepiece", "write", "write_tokenizer"]
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 GENERATION = "generation_config.json"

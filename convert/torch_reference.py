@@ -193,7 +193,9 @@ def transformers_config(config: Mapping[str, Any], names: Iterable[str]) -> Any:
         with quiet():
             made = AutoConfig.for_model(kind, **keys)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise DuoError(f"transformers cannot read a configuration of {kind}: {_line(error)}") from error
+        raise DuoError(
+            f"transformers cannot read a configuration of {kind}: {_line(error).partition('. Should ')[0]}"
+        ) from error
     if type(made) not in AutoModelForCausalLM._model_mapping:
         raise DuoError(f"transformers has no causal language model of type {kind}")
     for key, value in AS_MLX_LM.get(kind, {}).items():

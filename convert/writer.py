@@ -1,5 +1,6 @@
 """Writing weights that are what they say: the promised shapes and types, and numbers."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from duo_mlx import shards
 from duo_mlx.convert.tensors import Tensors
 from duo_mlx.errors import DuoError
+from duo_mlx.files import write_text
 
 # the bits of plus infinity; NaNs lie above it, and what is negative above the sign bit in the same order
 INFINITY = {"float32": 0x7F80_0000, "float16": 0x7C00, "bfloat16": 0x7F80}
@@ -43,6 +45,21 @@ def write_weights(
     """
     check = None if allow_nonfinite else refuse_nonfinite
     shards.write(directory, tensors, limit=limit, metadata=metadata, stem=stem, check=check, progress=progress)
+
+
+def write_more(directory: Path, tensors: Tensors, stem: str) -> None:
+    """Write weights beside those of a model directory that is there already, and name them in its index.
+
+    Raises:
+        DuoError: as `write_weights`.
+    """
+    write_weights(directory, tensors, stem=stem)
+    index, more = (directory / f"{name}.safetensors.index.json" for name in ("model", stem))
+    old, new = (json.loads(file.read_text(encoding="utf-8")) for file in (index, more))
+    size = old["metadata"]["total_size"] + new["metadata"]["total_size"]
+    names = dict(sorted((old["weight_map"] | new["weight_map"]).items()))
+    write_text(index, json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=2) + "\n")
+    more.unlink()
 
 
 def refuse_nonfinite(name: str, bits: NDArray[Any], dtype: str) -> None:

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from duo_mlx import shards
+from duo_mlx.config import VERSION
 from duo_mlx.device import on_cpu
 from duo_mlx.errors import DuoError
 from duo_mlx.files import foreign_content, output_file, write_text
@@ -101,10 +102,11 @@ def read_model(directory: Path) -> "Model":
     """The model in a directory with its weights as stored, each unread until it is used.
 
     Raises:
-        DuoError: it is no Duo model, or its files are damaged.
+        DuoError: it is no Duo model, its files are damaged, or the installed mlx-lm's base does not host it.
     """
     from mlx_lm import utils as mlx_lm_utils
 
+    from duo_mlx import guard
     from duo_mlx.model import Model, ModelArgs
 
     read_config(directory)
@@ -118,6 +120,7 @@ def read_model(directory: Path) -> "Model":
         model, _ = mlx_lm_utils.load_model(
             directory, lazy=True, model_config={"model_file": None}, get_model_classes=lambda **_: (Model, ModelArgs)
         )
+        guard.compare_graphs(model)
     except DuoError as error:
         raise DuoError(f"{directory}: {error}") from None
     except ValueError as error:  # mlx-lm's and MLX's word for tensors that do not fit
@@ -186,7 +189,8 @@ def fingerprint(directory: Path, *, choosing: bool = False) -> str:
     model when a router is trained for it. With ``choosing`` it is over that alone.
     """
     config = read_config(directory)
-    kept = {key: value for key, value in config.items() if (key in CHOOSING or key.startswith("router_")) is choosing}
+    told = {key: value for key, value in config.items() if key != "duo_version"}
+    kept = {key: value for key, value in told.items() if (key in CHOOSING or key.startswith("router_")) is choosing}
     whole = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     parts = {}
     for file in sorted(directory.glob("model*.safetensors")):
@@ -250,7 +254,7 @@ def save(directory: Path, config: dict[str, Any], weights: dict[str, mx.array], 
 def save_config(directory: Path, config: dict[str, Any]) -> None:
     """Write the config.json of a Duo model, as mlx-lm would, and the model file that it names into a directory."""
     kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "vision_config")}
-    kept |= {"model_type": "duo", "model_file": MODEL_FILE}
+    kept |= {"model_type": "duo", "model_file": MODEL_FILE, "duo_version": VERSION}
     if "quantization" in kept:
         kept["quantization_config"] = kept["quantization"]
     write_text(directory / "config.json", json.dumps(dict(sorted(kept.items())), indent=4) + "\n")

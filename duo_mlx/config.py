@@ -23,11 +23,14 @@ class KnownPattern(TypedDict):
 
 
 # One fact has several names in the config.json of different architectures.
-HIDDEN = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
+HIDDEN = ("hidden_size", "n_embd", "d_model", "model_dim", "dim", "hidden_dim")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_transformer_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_query_heads")
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "gelu_fast", "relu", "relu2")  # those of `duo_mlx.forms`
+
+VERSION = 1  # of a Duo's config.json and names; one that older packages cannot read gets the next number
+NAMING = ("base_model_type", "model_file", "duo_version")  # keys of config.json that are neither the base's nor fields
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Config:
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise DuoError(f"config.json: {name} is {value!r}; it must be a positive integer")
         layers, width = self.num_hidden_layers, self.small_intermediate_size
-        if type(width) is not int or width < (self.small_layers != ()):
+        if type(width) is not int or width < (self.small_layers is None or bool(self.small_layers)):
             raise DuoError(f"config.json: small_intermediate_size is {width!r}; it must be a positive integer")
         if self.skip_scope not in ("ffn", "layer"):
             raise DuoError(f"config.json: skip_scope is {self.skip_scope!r}; it must be 'ffn' or 'layer'")
@@ -109,15 +112,21 @@ class Config:
         Raises:
             DuoError: a key is missing or unusable.
         """
+        version = config.get("duo_version", VERSION)
+        if type(version) is not int or version > VERSION:
+            raise DuoError(
+                f"config.json: the Duo is of version {version!r} and this package reads {VERSION}; "
+                "a newer one may read it (pip install -U duo-mlx)"
+            )
         known = {field.name for field in fields(cls)} - {"base"}
         prefixes = ROUTING if config.get("base_model_type", "llama") == "llama" else OWN
         if unknown := sorted(key for key in config if key.startswith(prefixes) and key not in known):
             raise DuoError(f"config.json has routing keys that are not known: {', '.join(unknown)}")
-        ours = known | {"base_model_type", "model_file"}
+        ours = known | set(NAMING)
         base = {key: value for key, value in config.items() if key not in ours}
         base["model_type"] = config.get("base_model_type", "llama")  # directories of version 0.1 are all Llamas
         missing = [names[0] for names in (HIDDEN, LAYERS, ("vocab_size",)) if _first(base, names) is None]
-        if config.get("small_intermediate_size") is None and config.get("small_layers") != []:
+        if config.get("small_intermediate_size") is None and config.get("small_layers") not in ([], ()):
             missing.append("small_intermediate_size")
         if missing:
             raise DuoError(f"config.json lacks {', '.join(sorted(missing))}")

@@ -24,6 +24,8 @@ from duo_mlx.ffn import nbytes
 from duo_mlx.model import Model
 from duo_mlx.routes import Route, Routes
 
+CHOSEN = ("top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per_tok", "k")  # how many experts
+
 
 @dataclass(frozen=True)
 class RouteTable:
@@ -108,9 +110,10 @@ def chosen_experts(module: nn.Module) -> int:
         DuoError: the module does not say under a known name.
     """
     for part in module.modules():
-        for name in ("top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per_tok", "k"):
-            if type(value := getattr(part, name, None)) is int:
-                return value
+        for holder in (part, getattr(part, "args", None)):  # some keep their configuration instead
+            for name in CHOSEN:
+                if type(value := getattr(holder, name, None)) is int:
+                    return value
     raise DuoError(f"{type(module).__name__}: does not say how many experts a token goes to")
 
 
@@ -145,6 +148,9 @@ def cache_bytes(model: Model, context: int) -> RouteTable:
     """Bytes of an unquantised KV cache that one token reads when it attends to ``context`` positions."""
     position, windows = _positions(model)
     seen = np.array([min(context, window or context) for window in windows])
+    layers = model.config.num_hidden_layers
+    if len(windows) != layers:  # layers share caches, or have several
+        return RouteTable(int((position * seen).sum()), np.zeros((layers, len(Route)), np.int64))
     by_route = np.repeat((position * seen)[:, None], len(Route), axis=1)
     if model.parts is not None:
         by_route[:, Route.SKIP] = position  # its own keys and values are still written
@@ -162,8 +168,10 @@ def pass_cache_bytes(model: Model) -> Callable[[Routes, int], int]:
     @lru_cache(maxsize=1024)
     def layers(routes: bytes) -> NDArray[np.bool_]:
         """Which layers attend; the others write their keys and values alone."""
+        if model.parts is None:
+            return np.ones(len(windows), np.bool_)
         rows = np.frombuffer(routes, np.uint8).reshape(-1, len(windows))
-        attends: NDArray[np.bool_] = (rows != Route.SKIP).any(axis=0) | (model.parts is None)
+        attends: NDArray[np.bool_] = (rows != Route.SKIP).any(axis=0)
         return attends
 
     def read(routes: Routes, context: int) -> int:

@@ -10,6 +10,7 @@ call ends. Another thread, a nested call and an exception each leave it as it wa
 """
 
 import copy
+import inspect
 import io
 import re
 from collections import Counter
@@ -171,12 +172,23 @@ def ffn_name(block: nn.Module) -> str:
     """The name of a block's FFN.
 
     Raises:
-        DuoError: it has none under a known name.
+        DuoError: it has none under a known name, or one that needs more than hidden states.
     """
     for name in FFN_NAMES:
         if isinstance(block.get(name), nn.Module):
+            _check_call(block[name])
             return name
     raise DuoError(f"a layer has no FFN that this package knows, only {', '.join(sorted(block))}")
+
+
+def _check_call(ffn: nn.Module) -> None:
+    needed = [
+        each
+        for each in inspect.signature(ffn.__call__).parameters.values()
+        if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
+    if len(needed) > 1:
+        raise DuoError(f"a layer's FFN takes more than hidden states, {', '.join(map(str, needed))}")
 
 
 def norms_of_ffn(block: nn.Module) -> list[nn.Module]:
@@ -184,8 +196,9 @@ def norms_of_ffn(block: nn.Module) -> list[nn.Module]:
     for name in ("pre_feedforward_layernorm", "pre_ff_layernorm", "ffn_norm", "ln_2"):
         if name in block:
             return [block[name]]
-    if "post_attention_layernorm" in block and not any("feedforward" in name for name in block):
-        return [block["post_attention_layernorm"]]
+    norm = block.get("post_attention_layernorm")  # some blocks have a list of them
+    if isinstance(norm, nn.Module) and not any("feedforward" in name for name in block):
+        return [norm]
     return []
 
 

@@ -7,12 +7,13 @@ method is Duo-LLM's (arXiv 2410.10846, section "Model").
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 from numpy.typing import NDArray
 
@@ -266,7 +267,27 @@ class Model(nn.Module):
         """The float type of hidden states."""
         table = self.embedding
         found: mx.Dtype = (table.scales if "scales" in table else table.weight).dtype
-        return found
+        if mx.issubdtype(found, mx.floating):
+            return found
+        # scales of eight bits, as mxfp4 has them, say nothing; norms stay in float
+        weights = dict(tree_flatten(self.parameters())).values()
+        return next(value.dtype for value in weights if mx.issubdtype(value.dtype, mx.floating))
+
+    @cached_property
+    def ffn_paths(self) -> tuple[str, ...]:
+        """The names of the layers' FFNs, such as ``model.layers.0.mlp``."""
+        paths = {id(module): path for path, module in self.named_modules()}
+        return tuple(paths[id(ffn)] for ffn in self.ffns)
+
+    def big_name(self, name: str) -> str:
+        """The name in this Duo of a weight, or a module, of its base."""
+        path = next((path for path in self.ffn_paths if f"{name}.".startswith(f"{path}.")), None)
+        return name if path is None else f"{path}.big{name.removeprefix(path)}"
+
+    def base_name(self, name: str) -> str:
+        """The name in the base of a weight, or a module, of this Duo: the inverse of `big_name`."""
+        path = next((path for path in self.ffn_paths if f"{name}.".startswith(f"{path}.big.")), None)
+        return name if path is None else f"{path}{name.removeprefix(f'{path}.big')}"
 
     def make_cache(self) -> list[Any]:
         """One cache a layer, as the base makes them."""
@@ -277,8 +298,12 @@ class Model(nn.Module):
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Drop what PyTorch checkpoints hold besides weights: rotary tables and a second copy of a tied head.
 
-        A Duo's weights have the names of mlx-lm's model already, so the base's own renaming has nothing to do.
+        A Duo's weights have the names of mlx-lm's model already, so the base's own renaming has nothing to do. It is
+        called for what it changes in the model: some bases take away a head that the weights do not have.
         """
+        base: Any = super()
+        if hasattr(base, "sanitize"):
+            base.sanitize({self.base_name(name): value for name, value in weights.items()})
         dropped = () if "lm_head" in self else ("lm_head.weight",)
         return {
             name: value
@@ -296,10 +321,12 @@ def _hosted(base: type) -> type[Model]:
     return type("Model", (Model, base), own)
 
 
-def _quant_predicate(model: Model) -> Callable[[str, nn.Module], Any]:
-    """The base's own rule of what to quantise and how, under the names of its FFNs."""
+def _quant_predicate(model: Model) -> Callable[[str, nn.Module], Any] | None:
+    """The base's own rule of what to quantise and how, under the names of its FFNs; None: it has none."""
     rule = model.base_class.quant_predicate.fget(model)  # type: ignore[attr-defined]
-    return lambda path, module, *rest: rule(path.replace(".big.", ".").removesuffix(".big"), module, *rest)
+    if rule is None:
+        return None
+    return lambda path, module, *rest: rule(model.base_name(path), module, *rest)
 
 
 def _product(table: nn.Module) -> Callable[[mx.array], mx.array]:

@@ -106,7 +106,7 @@ def test_threads_have_routes_of_their_own(model):
     alone = {route: np.array(model(TOKENS, routes=[route] * LAYERS)) for route in Route}
     barrier, found = threading.Barrier(len(Route)), {}
 
-    def together(index, run, h):
+    def together(_, run, h):
         barrier.wait(timeout=60)
         return run(h)
 

@@ -4,102 +4,97 @@ Least squares on hidden states as they are go wrong in two ways. A window's firs
 activations a hundred times the others', whose scale hardly matters and whose presence does; and the channels of the
 loudest variance are not those that the rest of the model listens to.
 
-- A token's error counts relative to the size of its own state, and in proportion to one plus the attention that it
-  receives in the next layer: a sink has that of most tokens after it.
-- The channels' metric is the Fisher information: the second moments of the gradient of the log-probability of a token
-  drawn from the model's own prediction.
+- A token's error counts relative to the size of its own state, and by how much it changes what the next layer's
+  attention gives to all tokens: a sink is heard by most of those after it. Random changes of attention's output, of the
+  relative size that counts, tell how much is heard of each position of a window.
+- The channels' metric is the Fisher information: the second moments of the gradient, by the FFN's output, of the
+  log-probability of a token drawn from the model's own prediction.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx.convert.graft.layers import Dense, batches, whole
+from duo_mlx.convert.graft.layers import Layers, batches
 from duo_mlx.convert.graft.state import State
-from duo_mlx.model import Layer
 
-WINDOWS = 16  # that the metric is measured on
+WINDOWS = 12  # that the metric is measured on
 ISOTROPIC = 0.1  # share of the metric in which all channels count alike, as it is measured on few tokens
 
 
-def token_weights(states: mx.array, following: Layer | None, visible: mx.array) -> mx.array:
-    """How much each token's error counts, ``[windows, tokens, 1]``.
+def heard(layers: Layers, index: int, states: mx.array) -> mx.array:
+    """How much a change of each position is heard, ``[tokens, 1]``, if it is as large as the state itself.
 
     Args:
-        states: the layer's output ``[windows, tokens, hidden]`` in the dense model.
-        following: the next layer; None after the last one.
-        visible: see `Dense.visible`.
+        layers: the model's.
+        index: of the layer that hears; as many as there are layers after the last one.
+        states: what goes into it in the dense model, ``[windows, tokens, hidden]``, of some windows.
     """
-    size = mx.square(states).mean(axis=-1)
-    attention = 0 if following is None else received_attention(following, states, visible)
-    return mx.sqrt((1 + attention) / size)[..., None]
+    if index == len(layers):
+        return mx.ones((states.shape[1], 1))
+    loudness = size(states)
+    signs = 1 - 2 * mx.random.bernoulli(0.5, states.shape, key=mx.random.key(index))
+    nothing = mx.zeros_like(states)
+    with layers.in_float32(index):
+        _, (back,) = mx.vjp(lambda h: layers.give(index, h, nothing), [states], [signs / loudness])
+        found = mx.sqrt(mx.square(back * loudness).mean(axis=(0, -1)))[:, None]
+        mx.eval(found)
+    return found
 
 
-def received_attention(layer: Layer, h: mx.array, visible: mx.array) -> mx.array:
-    """The attention that each token gets from all tokens of its window, mean of the heads, ``[windows, tokens]``."""
-    attention, x = layer.self_attn, layer.input_layernorm(h)
-    queries, keys = (
-        attention.rope(proj(x).reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3))
-        for proj, heads in ((attention.q_proj, attention.n_heads), (attention.k_proj, attention.n_kv_heads))
-    )
-    keys = mx.repeat(keys, attention.n_heads // attention.n_kv_heads, axis=1)
-    scores = (queries * attention.scale) @ keys.swapaxes(-1, -2)
-    scores = mx.where(visible, scores, mx.array(-mx.inf))
-    return mx.softmax(scores, axis=-1).sum(axis=-2).mean(axis=1)
+def size(states: mx.array) -> mx.array:
+    """How loud each token's state is, ``[..., 1]``."""
+    return mx.sqrt(mx.square(states).mean(axis=-1, keepdims=True))
 
 
-def measure_metrics(dense: Dense, windows: NDArray[np.integer], state: State, step: Callable[[], object]) -> None:
-    """Leave in ``state`` each layer's ``metric-N [hidden, hidden]``, the root of its output's Fisher information.
+def measure_metrics(layers: Layers, windows: NDArray[np.integer], state: State, step: Callable[[], object]) -> None:
+    """Leave in ``state`` each layer's ``metric-N [hidden, hidden]``, the root of its FFN output's Fisher information.
 
     A pass forward and a pass backward through the dense model, a layer at a time; hidden states wait on disk.
 
     Args:
-        dense: the model.
+        layers: the dense model's.
         windows: token ids ``[windows, tokens]``, of which the first are used.
         state: where the result and what is needed meanwhile are kept.
         step: is called after each layer, twice for each.
     """
     windows = windows[:WINDOWS]
-    states, layers = dense.embed(windows), dense.config.num_hidden_layers
-    for index in range(layers):
+    states = layers.embed(windows)
+    for index in range(len(layers)):
         state.save(f"input-{index}", states)
-        layer = dense.layer(index)
-        visible = dense.visible(layer, windows.shape[1])
-        for rows in batches(len(windows)):
-            states[rows] = np.array(whole(layer, mx.array(states[rows]), visible))
+        with layers.in_float32(index):
+            for rows in batches(len(windows)):
+                states[rows] = np.array(layers.run(index, mx.array(states[rows])))
         step()
-    gradient = _of_predictions(dense, states)
-    for index in reversed(range(layers)):
-        state.save(f"metric-{index}", _root(gradient))
-        layer, states = dense.layer(index), state.load(f"input-{index}")
-        visible = dense.visible(layer, windows.shape[1])
-        for rows in batches(len(windows)):
-            through = partial(whole, layer, visible=visible)
-            _, (before,) = mx.vjp(through, [mx.array(states[rows])], [mx.array(gradient[rows])])
-            gradient[rows] = np.array(before)
+    with layers.outside_in_float32():
+        gradient = _of_predictions(layers, states)
+    for index in reversed(range(len(layers))):
+        states, ffns = state.load(f"input-{index}"), np.empty_like(gradient)
+        with layers.in_float32(index):
+            for rows in batches(len(windows)):
+                h = mx.array(states[rows])
+                given = [h, mx.zeros_like(h)]
+                _, found = mx.vjp(lambda h, n, i=index: layers.run(i, h, n), given, [mx.array(gradient[rows])])
+                gradient[rows], ffns[rows] = (np.array(each) for each in found)
+        state.save(f"metric-{index}", _root(ffns))
         state.drop(f"input-{index}")
         step()
 
 
-def _of_predictions(dense: Dense, states: NDArray[np.float32]) -> NDArray[np.float32]:
+def _of_predictions(layers: Layers, states: NDArray[np.float32]) -> NDArray[np.float32]:
     """The gradient, by the last hidden states, of the log-probabilities of tokens that are drawn from them."""
-    weight, head = dense.head()
-
-    def logits(h: mx.array) -> mx.array:
-        return mx.fast.rms_norm(h, weight, dense.config.rms_norm_eps) @ head.T
 
     def said(h: mx.array, tokens: mx.array) -> mx.array:
-        return -nn.losses.cross_entropy(logits(h), tokens, reduction="sum")
+        return -nn.losses.cross_entropy(layers.logits(h), tokens, reduction="sum")
 
     gradient = np.empty_like(states)
     for row, h in enumerate(states):
-        hidden = mx.array(h)
-        tokens = mx.random.categorical(logits(hidden), key=mx.random.key(row))
-        gradient[row] = np.array(mx.grad(said)(hidden, tokens))
+        hidden = mx.array(h)[None]
+        tokens = mx.random.categorical(layers.logits(hidden), key=mx.random.key(row))
+        gradient[row] = np.array(mx.grad(said)(hidden, tokens))[0]
     return gradient
 
 

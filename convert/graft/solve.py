@@ -1,12 +1,13 @@
 """A small FFN in closed form: what it must say is given, what it may be made of is chosen, and how much is solved.
 
-A SwiGLU neuron is ``silu(gate) * up``. Two kinds are used side by side:
+A gated neuron is ``act(gate) * up``. Two kinds are used side by side:
 
 - *copied* neurons of the big FFN, picked greedily: each time the one that explains most of what those before it
   leave (simultaneous orthogonal matching pursuit), not the ones that are loudest by themselves;
-- *linear* neurons, whose gate is a constant bias with ``silu(bias) = 1``: together the best linear map of their rank
-  (reduced-rank regression). A narrow FFN gains more by them than by copied neurons, but copied ones are needed where
-  the big FFN does something abrupt, such as making the huge activations of an attention sink.
+- *linear* neurons, whose gate is a constant bias with ``act(bias) = 1``: together the best linear map of their rank
+  (reduced-rank regression), and all that there is where big's neurons cannot be named. A narrow FFN gains more by them
+  than by copied neurons, but copied ones are needed where the big FFN does something abrupt, such as making the huge
+  activations of an attention sink.
 
 Given the neurons, the down projection with its bias is a ridge regression. Which errors matter is told by a weight a
 token and a metric over the hidden channels, see `duo_mlx.convert.graft.importance`.
@@ -15,12 +16,22 @@ token and a metric over the hidden channels, see `duo_mlx.convert.graft.importan
 from dataclasses import dataclass
 from typing import Self
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from duo_mlx.convert.graft.neurons import Neurons
+
 Matrix = NDArray[np.floating]
 
-UNIT_GATE = 1.2784645427610738  # silu(UNIT_GATE) = 1
+UNIT_GATE = {  # by activation, what it takes to be 1
+    "silu": 1.2784645427610738,
+    "gelu_tanh": 1.1446303090227818,
+    "gelu": 1.1444507183528787,
+    "gelu_fast": 1.1429453389509778,
+    "relu": 1.0,
+    "relu2": 1.0,
+}
 COPIED_RIDGE = 1e-3  # of the mean square of big's neurons
 LINEAR_RIDGE = 1e-3  # of the mean square of the FFN's inputs
 FEATURE_RIDGE = 1e-4  # of linear features, whose mean square is 1
@@ -44,10 +55,20 @@ class Moments:
         features = inputs + 1 + neurons
         return cls(np.zeros((features, features), np.float32), np.zeros((features, outputs), np.float32), inputs)
 
-    def add(self, gram: Matrix, cross: Matrix, tokens: int) -> None:
-        self.gram += gram
-        self.cross += cross
-        self.tokens += tokens
+    def add(self, x: mx.array, said: mx.array | None, target: mx.array, weights: mx.array) -> None:
+        """Add tokens.
+
+        Args:
+            x: ``[..., inputs]``.
+            said: what big's neurons say, ``[..., neurons]``; None where they are not known.
+            target: ``[..., outputs]``.
+            weights: ``[..., 1]``.
+        """
+        features = mx.concatenate([x, mx.ones((*x.shape[:-1], 1)), *([] if said is None else [said])], axis=-1)
+        rows = np.array(features * weights).reshape(-1, features.shape[-1])
+        self.gram += rows.T @ rows  # by NumPy, which computes no more than a half of what is symmetric
+        self.cross += rows.T @ np.array(target * weights).reshape(len(rows), -1)
+        self.tokens += len(rows)
 
 
 @dataclass(frozen=True)
@@ -74,43 +95,63 @@ class SmallFFN:
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A linear layer of big."""
+class Copyable:
+    """Big's neurons as a small FFN may take them over."""
 
-    weight: Matrix  # [neurons, inputs]
-    bias: Matrix  # [neurons]
+    gate: Matrix  # [neurons, inputs]
+    gate_bias: Matrix
+    up: Matrix
+    up_bias: Matrix
+
+    @classmethod
+    def of(cls, neurons: Neurons | None, inputs: int) -> Self:
+        """Those that are known; none at all where they are not."""
+        if neurons is None:
+            return cls(np.zeros((0, inputs)), np.zeros(0), np.zeros((0, inputs)), np.zeros(0))
+        gate, up = neurons.gate, neurons.up
+        own = np.array(gate.weight), np.array(gate.bias)
+        if up is None:
+            return cls(*own, np.zeros_like(own[0]), np.ones_like(own[1]))
+        return cls(*own, np.array(up.weight), np.array(up.bias))
 
 
-def solve(moments: Moments, gate: Projection, up: Projection, metric: Matrix, width: int, linear: int) -> SmallFFN:
+def solve(
+    moments: Moments, big: Copyable, metric: Matrix, width: int, linear: int, activation: str = "silu"
+) -> SmallFFN:
     """The small FFN of ``width`` neurons.
 
     Args:
         moments: of the calibration tokens.
-        gate, up: big's.
+        big: its neurons.
         metric: ``[outputs, outputs]``, symmetric; an error e counts as the square of ``metric @ e``.
-        width: neurons of the result, at most big's.
-        linear: how many of them are linear.
+        width: neurons of the result. Those for which there is no use, as a linear map has no more directions, say
+            nothing.
+        linear: how many of them are linear, if big has as many others.
+        activation: of the result.
     """
-    n, copied = moments.inputs, width - linear
+    n, available = moments.inputs, len(big.gate_bias)
+    copied = min(width - linear, available)
+    linear = min(width - copied, n, moments.cross.shape[1])
     x, a = slice(0, n + 1), slice(n + 1, None)  # inputs with the constant, and big's neurons
     reads = _best_linear(moments, metric, linear)
     reads = np.concatenate([reads, np.eye(n + 1)[:, -1:]], axis=1)  # the constant is the down projection's bias
     own = reads.T @ moments.gram[x, x] @ reads
     mixed = reads.T @ moments.gram[x, a]
     cross = np.concatenate([reads.T @ moments.cross[x], moments.cross[a]])
-    ridge = COPIED_RIDGE * float(np.diag(moments.gram)[a].mean())
+    ridge = COPIED_RIDGE * float(np.diag(moments.gram)[a].sum()) / max(available, 1)
     picked = _pick(own, mixed, moments.gram[a, a], cross @ metric, copied, ridge)
 
     among = moments.gram[a, a][np.ix_(picked, picked)]
     gram = np.block([[own, mixed[:, picked]], [mixed[:, picked].T, among]]).astype(np.float64)
     penalty = np.r_[np.full(linear, FEATURE_RIDGE * moments.tokens), TINY, np.full(copied, ridge)]
     down = np.linalg.solve(gram + np.diag(penalty), np.concatenate([cross[: linear + 1], cross[linear + 1 + picked]]))
+    idle = np.zeros((width - linear - copied, n))
     return SmallFFN(
-        gate=np.concatenate([np.zeros((linear, n)), gate.weight[picked]]).astype(np.float32),
-        gate_bias=np.r_[np.full(linear, UNIT_GATE), gate.bias[picked]].astype(np.float32),
-        up=np.concatenate([reads[:n, :linear].T, up.weight[picked]]).astype(np.float32),
-        up_bias=np.r_[reads[n, :linear], up.bias[picked]].astype(np.float32),
-        down=np.ascontiguousarray(np.delete(down, linear, axis=0).T, np.float32),
+        gate=np.concatenate([np.zeros((linear, n)), big.gate[picked], idle]).astype(np.float32),
+        gate_bias=np.r_[np.full(linear, UNIT_GATE[activation]), big.gate_bias[picked], idle[:, 0]].astype(np.float32),
+        up=np.concatenate([reads[:n, :linear].T, big.up[picked], idle]).astype(np.float32),
+        up_bias=np.r_[reads[n, :linear], big.up_bias[picked], idle[:, 0]].astype(np.float32),
+        down=np.pad(np.delete(down, linear, axis=0).T, ((0, 0), (0, len(idle)))).astype(np.float32),
         down_bias=down[linear].astype(np.float32),
     )
 

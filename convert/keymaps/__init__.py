@@ -13,7 +13,6 @@ from duo_mlx.convert.keymaps import rules
 from duo_mlx.convert.keymaps.base import KeyMap
 from duo_mlx.convert.keymaps.canonical import Canonical
 from duo_mlx.convert.keymaps.fused import Fused
-from duo_mlx.convert.keymaps.gguf import GGUF
 from duo_mlx.convert.keymaps.llama import Llama
 from duo_mlx.convert.keymaps.rope import LAYOUTS, WithRope
 from duo_mlx.errors import DuoError
@@ -24,13 +23,11 @@ MAPS = {
     "canonical": WithRope(Canonical()),
     "llama": WithRope(Llama(), "interleaved"),
     "fused": WithRope(Fused()),
-    "gguf": WithRope(GGUF(), "interleaved"),
 }
 NAMES = tuple(MAPS)
 
 # what gives a checkpoint's names away, in the order in which it is looked for
 SIGNS = {
-    "gguf": r"blk\.\d+\..*|token_embd\.weight",
     "llama": r"layers\.\d+\.(attention\.w[qkvo]|small_feed_forward|feed_forward(_small)?)\..*|tok_embeddings\.weight",
     "fused": r"model\.layers\.\d+\..*\.(qkv|gate_up)_proj\..*",
     "canonical": r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp)\..*|model\.embed_tokens\.weight",
@@ -42,8 +39,8 @@ def named(name: str, rope: str | None = None) -> KeyMap:
 
     Args:
         name: one of `NAMES`.
-        rope: the layout of q and k that goes with those names, one of `LAYOUTS`. None: interleaved for llama and gguf,
-            for others what config.json says that the model runs.
+        rope: the layout of q and k that goes with those names, one of `LAYOUTS`. None: interleaved for llama, for
+            others what config.json says that the model runs.
 
     Raises:
         DuoError: there is no such map or layout.

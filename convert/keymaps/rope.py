@@ -1,7 +1,8 @@
 """The two layouts of RoPE: which rows of q and k turn together.
 
-Meta's Llama and GGUF pair neighbouring channels of a head (*interleaved*: 0 with 1, 2 with 3 ...), Hugging Face pairs
-channels half a head apart (*half*). The same attention results when the rows of q and k are permuted within each head.
+Meta's Llama and llama.cpp's pair neighbouring channels of a head (*interleaved*: 0 with 1, 2 with 3 ...), Hugging Face
+pairs channels half a head apart (*half*). The same attention results when the rows of q and k are permuted within each
+head.
 A model whose config.json says ``rope_traditional`` runs interleaved rows itself.
 """
 

@@ -1,13 +1,17 @@
 """Reading checkpoints, whoever wrote them: names, shapes and types at once, each tensor when it is asked for.
 
 A pickle is read with ``weights_only=True`` and needs PyTorch; the other formats need nothing but MLX and NumPy.
-float32, float16 and bfloat16 are kept bit for bit, GGUF's Q8_0, Q4_0 and Q4_1 become float32, and a tensor of any other
+float32, float16 and bfloat16 are kept bit for bit, GGUF's quantised types become float32, and a tensor of any other
 type is refused by name, as it would be changed or misread.
 """
 
 from pathlib import Path
+from typing import Any
 
+from duo_mlx.convert import stored
+from duo_mlx.convert.packing import quantization
 from duo_mlx.convert.readers.local import open_local
+from duo_mlx.convert.readers.text import is_file, read_object
 from duo_mlx.convert.tensors import Checkpoint
 from duo_mlx.errors import DuoError
 
@@ -29,6 +33,8 @@ def open_checkpoint(
             it would run code.
     """
     path = Path(source)
+    if path.is_dir() and (settings := _packed(path, config)) is not None:
+        return stored.packed(path, settings)
     if not path.exists():
         from duo_mlx.convert.readers import hub  # the hub's library takes a while to import
 
@@ -36,7 +42,16 @@ def open_checkpoint(
         named = hub.parse(str(source))
         if named is not None:
             directory, weights = hub.fetch(*named, revision)
+            if (settings := _packed(directory, config)) is not None:
+                return stored.packed(directory, settings)
             return open_local(directory, config, weights, bare)
     if revision is not None:
         raise DuoError(f"--revision: {source} is no hub id (OWNER/NAME)")
     return open_local(path, config, bare=bare)
+
+
+def _packed(directory: Path, config: Path | None) -> dict[str, Any] | None:
+    """The configuration of weights that are quantised and stay so; None: they are something else."""
+    file = config or directory / "config.json"
+    found = read_object(file) if is_file(file) else {}
+    return None if quantization(found) is None else found

@@ -38,10 +38,10 @@ def open_local(source: Path, config: Path | None, weights: Path | None = None, b
     if file.suffix == GGUF:
         given = None if config is None else read_config(file, config)
         try:
-            tensors, made = gguf.read(file, configured=given is not None)
+            found = gguf.read(file, given)
         except DuoError as error:
             raise DuoError(f"{file}: {what}") if (what := foreign_content(file)) else error from None
-        return _checked(Checkpoint(source, "GGUF", (file,), tensors, made if given is None else given))
+        return _checked(Checkpoint(source, "GGUF", found.files, found.tensors, found.config, found.notes))
     settings = read_config(source, config, bare or is_file(file.with_name(meta.PARAMS)))
     reader = _Files()
     if file.name.endswith(shards.SUFFIX):
@@ -96,6 +96,7 @@ def candidates(names: Iterable[str]) -> list[str]:
     found = sorted(
         name for name in names if name.endswith(SUFFIXES) and Path(name).stem not in STATES and "/" not in name
     )
+    found = [file.name for file in gguf.models([Path(name) for name in found])]
     firsts = list(dict.fromkeys(next(each for each in shards.siblings(name) if each in names) for name in found))
     if META in firsts:  # Meta's shards are one file by their numbers
         firsts = [name for name in firsts if name == META or not meta.SHARD.fullmatch(name)]

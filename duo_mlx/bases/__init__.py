@@ -16,7 +16,8 @@ def classes(config: dict[str, Any]) -> tuple[Any, Any]:
         DuoError: neither this package nor mlx-lm has the architecture.
     """
     kind = config.get("model_type")
-    if kind == "llama" and set(config.get("layer_types") or ()) == {"sliding_attention"}:
+    slides = set(config.get("layer_types") or ()) == {"sliding_attention"}
+    if kind in ("llama", "mistral") and slides:
         kind = "sliding_llama"
     if isinstance(kind, str) and kind.isidentifier() and find_spec(f"{__name__}.{kind}"):
         module = import_module(f"{__name__}.{kind}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # equal to what duo_mlx.convert knows, which needs mlx
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("half", "interleaved")
-NAMES = ("canonical", "llama", "fused")  # that an export can have
+NAMES = ("transformers", "canonical", "llama", "fused")  # that an export can have
 BITS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (32, 64, 128)
 CHOICES = tuple("".join(routes) for count in (2, 3) for routes in permutations("-sB", count))  # of a router
@@ -29,7 +29,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--to", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True, help="What to make.")
 @click.option("--config", type=FILE, help="config.json in place of the source's own, or of a file that has none.")
 @click.option("--revision", help="Branch, tag or commit of a Hugging Face id.")
-@click.option("--key-map", metavar="NAME|FILE", help="canonical, llama, fused, gguf, or a TOML file of rules.")
+@click.option("--key-map", metavar="NAME|FILE", help="canonical, llama, fused, or a TOML file of rules.")
 @click.option("--rope", type=click.Choice(LAYOUTS), help="Layout of q and k.  [default: what goes with the names]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of all weights.  [default: as stored]")
 @click.option("--default-route", metavar="SPEC", help="What the model does when nobody says.")
@@ -54,7 +54,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--bits", type=click.Choice(BITS), help="Quantise; 16: float where --small-bits quantises.")
 @click.option("--small-bits", type=click.Choice(BITS), help="Of the small FFNs.  [default: as --bits]")
 @click.option("--group-size", type=click.Choice(GROUP_SIZES), default=64, show_default=True, help="Weights a scale.")
-@click.option("--names", type=click.Choice(NAMES), default="canonical", show_default=True, help="Of --to torch.")
+@click.option("--names", type=click.Choice(NAMES), default="transformers", show_default=True, help="Of --to torch.")
 @click.option("--dequantise", is_flag=True, help="Let --to torch take the numbers that quantised weights stand for.")
 @click.option("--allow-nonfinite", is_flag=True, help="Take NaN and infinity in weights.")
 @click.option("--verify", is_flag=True, help="Compare with another implementation; write if both agree.")
@@ -65,8 +65,9 @@ def command(context: click.Context, /, source: str, destination: Path, **options
 
     SRC is a directory with config.json, weights and tokenizer files, a weights file (.safetensors, .pt, .pth, .bin,
     .gguf), an index of shards, or a Hugging Face id (OWNER/NAME, OWNER/NAME:FILE). It holds a Duo model, or with
-    --graft a dense one: llama, mistral or qwen2. `duo-mlx convert inspect PATH` says what a checkpoint is. DST is what
-    `duo-mlx generate --model` and mlx-lm load; with --to torch a .pt, .pth or .bin file, or a directory of safetensors.
+    --graft a dense one that mlx-lm runs, in float or quantised by MLX. `duo-mlx convert inspect PATH` says what a
+    checkpoint is. DST is what `duo-mlx generate --model` and mlx-lm load; with --to torch a .pt, .pth or .bin file, or
+    a directory of safetensors.
 
     Texts of --calibrate are what --graft fits small FFNs to. Their last tokens are set aside: on them the best fixed
     patterns are measured, which `--route budget:K` picks from. Without --graft they are all for that. A graft that was
@@ -162,9 +163,10 @@ def _export(source: str, destination: Path, options: dict[str, Any], watch: "Wat
         require_torch()
     directory = checkpoint.resolve(source, options["revision"])
     if options["verify"]:
-        from duo_mlx.convert import parity
+        from duo_mlx.convert import references
 
-        parity.check_reference(checkpoint.read_config(directory))
+        if line := references.note(checkpoint.read_config(directory)):
+            watch.note(line)
 
     def verify(exported: Path) -> None:
         from duo_mlx.convert import parity

@@ -5,7 +5,9 @@ skip. It takes the move that costs least loss for each byte that it saves. Price
 cheapest moves are measured anew on the pattern as it is until one of them is the cheapest of all (lazy greedy search);
 a list sorted once by each layer's own price would not see that layers which compensate each other cannot both go.
 
-A pass is resumed at the first layer that changed, from the hidden states of the layers before it.
+A pass is resumed at the first layer that changed, from the hidden states of the layers before it. The search, which
+takes many passes, has one part of the text; the losses of the patterns that it found are those of the other part, where
+nothing is flattered by having been chosen.
 """
 
 from collections.abc import Callable
@@ -19,11 +21,13 @@ from duo_mlx import cost
 from duo_mlx.budget import shares_of_bytes
 from duo_mlx.model import KnownPattern, Model
 from duo_mlx.open_layers import OpenLayers
-from duo_mlx.routes import Route, format_pattern, parse_pattern
+from duo_mlx.routes import Route, format_pattern
 from duo_mlx.study.losses import token_losses
 
 LOWER = {Route.BIG: (Route.SMALL, Route.SKIP), Route.SMALL: (Route.SKIP,), Route.SKIP: ()}
-REMEASURED = 6  # prices measured anew in a step before the cheapest of them is taken
+REMEASURED = 4  # prices measured anew in a step before the cheapest of them is taken
+SEARCH = 0.8  # of the time that measuring takes
+LEAST = 256  # tokens: a text with fewer in a half of its windows is searched and measured as a whole
 
 
 class PatternLoss:
@@ -71,7 +75,7 @@ class PatternLoss:
 class Measurement:
     """What `measure` found, losses in nats a token."""
 
-    loss: float  # all big
+    loss: float  # all big, on the same text as those of `small` and `skip`
     small: list[float | None]  # by layer: the loss with small there alone; None where there is no small
     skip: list[float]  # by layer: the loss with skip there alone
     patterns: list[KnownPattern]  # from all big downward
@@ -99,28 +103,46 @@ def measure(model: Model, windows: mx.array, progress: Callable[[float], None] =
         progress: is called with the share that is done.
     """
     layers = model.config.num_hidden_layers
-    loss = PatternLoss(model, windows)
-    big = loss.loss
+    half = len(windows) // 2
+    apart = half * (windows.shape[1] - 1) >= LEAST
+    loss = PatternLoss(model, windows[:half] if apart else windows)
+
+    def searched(share: float) -> None:
+        progress(share * (SEARCH if apart else 1))
+
     alone: dict[tuple[int, Route], float] = {}
     for layer in range(layers):
         for route in LOWER[Route.BIG]:
             if route is not Route.SMALL or model.config.has_small(layer):
                 alone[layer, route] = loss.try_move(layer, route)
-        progress((layer + 1) / (2 * layers))
-    found = [KnownPattern(pattern=format_pattern(loss.pattern), loss=big)]
+        searched((layer + 1) / (2 * layers))
+    big = loss.loss
     search = _Search(model, loss, alone)
-    while search.step():
-        found.append(KnownPattern(pattern=format_pattern(loss.pattern), loss=loss.loss))
-        progress(1 - (loss.pattern == Route.BIG).sum() / (2 * layers))
-    patterns = np.stack([parse_pattern(known["pattern"], layers) for known in found])
+    found, losses, moves = [loss.pattern.copy()], [loss.loss], []
+    while move := search.step():
+        moves.append(move)
+        found.append(loss.pattern.copy())
+        losses.append(loss.loss)
+        searched(1 - (loss.pattern == Route.BIG).sum() / (2 * layers))
+    passes, tokens = loss.passes, loss.targets.size
+    if apart:
+        other = PatternLoss(model, windows[half:])
+        losses = [other.loss]
+        for number, move in enumerate(moves, 1):
+            losses.append(other.move(*move))
+            progress(SEARCH + (1 - SEARCH) * number / len(moves))
+        passes, tokens = passes + other.passes, tokens + other.targets.size
     return Measurement(
         loss=big,
         small=[alone.get((layer, Route.SMALL)) for layer in range(layers)],
         skip=[alone[layer, Route.SKIP] for layer in range(layers)],
-        patterns=found,
-        bytes=shares_of_bytes(model, patterns).tolist(),
-        passes=loss.passes,
-        tokens=loss.targets.size,
+        patterns=[
+            KnownPattern(pattern=format_pattern(pattern), loss=value)
+            for pattern, value in zip(found, losses, strict=True)
+        ],
+        bytes=shares_of_bytes(model, np.stack(found)).tolist(),
+        passes=passes,
+        tokens=tokens,
     )
 
 
@@ -143,15 +165,15 @@ class _Search:
         layer, before, after = move
         return float(self.increase[move] / (self.bytes[layer, before] - self.bytes[layer, after]))
 
-    def step(self) -> bool:
-        """Make the cheapest move; False when no layer is big any more."""
+    def step(self) -> tuple[int, Route] | None:
+        """Make the cheapest move and say which; None when no layer is big any more."""
         pattern = self.loss.pattern
         if not (pattern == Route.BIG).any():
-            return False
+            return None
         moves = [move for move in self.increase if move[1] == pattern[move[0]]]
         fresh: list[tuple[int, Route, Route]] = []
         while (best := min(moves if len(fresh) < REMEASURED else fresh, key=self._price)) not in fresh:
             self.increase[best] = self.loss.try_move(best[0], best[2]) - self.loss.loss
             fresh.append(best)
         self.loss.move(best[0], best[2])
-        return True
+        return best[0], best[2]

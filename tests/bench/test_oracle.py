@@ -18,10 +18,9 @@ IDS = np.random.default_rng(0).integers(0, 32, (2, 7)).astype(np.int32)
 def test_the_first_layers_are_those_of_the_model(tiny_model):
     model = tiny_model()
     cut = bench.first_layers(model, 2)
-    ids, big = mx.array(IDS[:, :-1]), [Route.BIG] * 4
-    h = model.states(ids, None, big, "planned", stop=2)
-    expected = model.head(model.model.norm(h))
-    found = cut(ids, routes=np.full(2, Route.BIG))
+    h = model.states(mx.array(IDS[:, :-1]), None, [Route.BIG] * 4, "planned", 0, 2)
+    expected = model.head(model.trunk.norm(h))
+    found = cut(mx.array(IDS[:, :-1]), routes=np.full(2, Route.BIG))
     np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=1e-5)
     assert bench.first_layers(model, 4) is model
 

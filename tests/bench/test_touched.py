@@ -35,7 +35,7 @@ def everything_read(model, routes, all_computed=False, by_router=False):
     """Bytes that a pass over a batch reads, array by array by its name; ``routes [batch, layers]``."""
     sizes = {name: array.nbytes for name, array in checkpoint.parameters(model).items()}
     table = sizes["model.embed_tokens.weight"]
-    names = {"model.norm.weight", "model.embed_tokens.weight" if model.table is model.embedding else "lm_head.weight"}
+    names = {"model.norm.weight", "model.embed_tokens.weight" if model.args.tie_word_embeddings else "lm_head.weight"}
     read = table // model.config.vocab_size
     for layer in range(LAYERS):
         used = {*routes[:, layer].tolist()} | ({1, 2} if all_computed else set())
@@ -91,7 +91,7 @@ def test_the_reference_and_masked_products_on_a_cpu_read_and_compute_both(model,
             for name, array in checkpoint.parameters(model).items()
             if array.ndim == 2 and "router" not in name
         }
-        if model.table is not model.embedding:
+        if not model.args.tie_word_embeddings:
             del matrices["model.embed_tokens.weight"]  # a row of it is looked up, which is no product
         attention = LAYERS * 2 * CONTEXT * 16 * 2  # scores and mixtures, over four heads of four
         expected = 2 * sum(map(math.prod, matrices.values())) + attention

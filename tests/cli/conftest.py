@@ -99,11 +99,12 @@ def graft(monkeypatch):
             if self.small_ratio > 1000:
                 raise DuoError("--small-ratio: no neuron would be left")
 
-    def make(weights, config, settings, ids, work, progress, _):
+    def make(model, ids, settings, work, progress, _):
         work.mkdir(exist_ok=True)
         resumed = len(list(work.iterdir()))
         fake.calls.append((settings, ids, resumed))
-        layers, width = config["num_hidden_layers"], config["intermediate_size"] // settings.small_ratio
+        weights = checkpoint.parameters(model)
+        layers, width = model.config.num_hidden_layers, model.config.intermediate_size // settings.small_ratio
         chosen = range(layers) if settings.small_layers is None else settings.small_layers
         smalls = {}
         for layer in range(layers):
@@ -114,7 +115,7 @@ def graft(monkeypatch):
             if layer not in chosen:
                 continue
             for kind in ("gate", "up", "down"):
-                big = weights[f"model.layers.{layer}.mlp.{kind}_proj.weight"].load().astype(mx.float32)
+                big = weights[f"model.layers.{layer}.mlp.big.{kind}_proj.weight"].astype(mx.float32)
                 small = big[:, :width] if kind == "down" else big[:width]
                 prefix = f"model.layers.{layer}.mlp.small.{kind}_proj"
                 smalls[f"{prefix}.weight"] = Tensor.of(small)

@@ -33,7 +33,7 @@ def config_of(directory):
 
 def test_the_choices_are_what_the_library_knows():
     assert command.DTYPES == tensors.DTYPES and command.LAYOUTS == keymaps.LAYOUTS
-    assert set(command.NAMES) == set(keymaps.NAMES) - {"gguf"}
+    assert set(command.NAMES) == set(keymaps.NAMES)
     assert (*quantise.BITS, quantise.FLOAT) == command.BITS and command.GROUP_SIZES == quantise.GROUP_SIZES
     assert convert_options.FLOAT == quantise.FLOAT and convert_options.LEAST == calibration.LEAST - 2
 
@@ -88,7 +88,7 @@ def test_a_spec_of_layers_is_read_as_it_is_written(layers, random):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (("--key-map", "hugging"), "there is no key map 'hugging'; known are canonical, llama, fused, gguf, or a file"),
+        (("--key-map", "hugging"), "there is no key map 'hugging'; known are canonical, llama, fused, or a file"),
         (("--revision", "v1"), "is no hub id (OWNER/NAME)"),
         (("--default-route", "BB"), "config.json: default_route: route 'BB' has 2 characters"),
         (("--calibrate", "gone.txt"), "--calibrate gone.txt: cannot be read (No such file or directory)"),
@@ -245,7 +245,7 @@ def test_the_library_tells_of_its_stages(dense, graft, text, tmp_path):
     directory = dense(hidden_size=64, intermediate_size=128)
     converting.convert(directory, tmp_path / "model", bits=converting.Bits(4, None, 32), **options)
     stages = list(dict.fromkeys(call[0] for call in seen))
-    assert stages == ["grafting", "writing", "measuring", "quantising"]
+    assert stages == ["writing", "grafting", "measuring", "quantising"]
     for stage in stages:
         done = [call[1:] for call in seen if call[0] == stage]
         assert done == sorted(done) and done[-1][0] == done[-1][1]

@@ -3,8 +3,6 @@
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 
 import mlx.core as mx
 import numpy as np
@@ -281,20 +279,3 @@ def test_a_damaged_gguf_file_is_one_line(gguf, tmp_path, content):
     result = CliRunner().invoke(main, ["convert", str(tmp_path / "llama.gguf"), str(tmp_path / "model")])
     assert result.exit_code == 2 and "llama.gguf: " in result.stderr and len(result.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["llama.gguf"]
-
-
-LOADED = """
-import json, sys
-from duo_mlx.cli import main
-assert main(sys.argv[1:], standalone_mode=False) is None
-print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
-"""
-
-
-def test_copying_safetensors_imports_nothing_that_takes_seconds(source, tmp_path):
-    directory, _ = source("sharded safetensors")
-    command = [sys.executable, "-c", LOADED, "convert", str(directory), str(tmp_path / "model")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    heavy = {"huggingface_hub", "mlx_lm", "rich", "torch", "transformers"}
-    assert not heavy & set(json.loads(done.stdout.splitlines()[-1]))
-    assert (tmp_path / "model" / "model.safetensors").is_file()

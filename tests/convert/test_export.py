@@ -57,7 +57,7 @@ def load_exported(path):
 @pytest.mark.parametrize("name", ["duo.pt", "duo.pth", "pytorch_model.bin", "exported"])
 def test_torch_to_mlx_to_torch_is_bit_for_bit(duo, tmp_path, name, dtype):
     directory, state = duo(dtype, tie_word_embeddings=name == "duo.pt", mlp_bias=True, attention_bias=True)
-    export(directory, tmp_path / name)
+    export(directory, tmp_path / name, names="canonical")
     found = load_exported(tmp_path / name)
     assert found.keys() == state.keys()
     assert all(same_bits(found[key], value) for key, value in state.items())
@@ -72,8 +72,8 @@ def test_special_numbers_survive(duo, tmp_path):
     norm[:5] = special
     weights = {name: to_mlx(value) for name, value in state.items()}
     checkpoint.save(directory, json.loads((directory / "config.json").read_text()), weights)
-    export(directory, tmp_path / "duo.pt")
-    export(directory, tmp_path / "exported")
+    export(directory, tmp_path / "duo.pt", names="canonical")
+    export(directory, tmp_path / "exported", names="canonical")
     for path in ("duo.pt", "exported"):
         found = load_exported(tmp_path / path)["model.norm.weight"]
         assert same_bits(found[:4], norm[:4]) and found[4].isnan() and same_bits(found[5:], norm[5:])
@@ -82,7 +82,7 @@ def test_special_numbers_survive(duo, tmp_path):
 def test_a_directory_holds_what_pytorch_users_expect(duo, tmp_path):
     directory, state = duo(limit=4000, default_route="BBsB", default_draft="BssB")
     assert len(list(directory.glob("model-*.safetensors"))) > 2
-    export(directory, tmp_path / "exported")
+    export(directory, tmp_path / "exported", names="canonical")
     exported = tmp_path / "exported"
     config = json.loads((exported / "config.json").read_text())
     assert config["model_type"] == "duo" and "model_file" not in config
@@ -97,7 +97,7 @@ def test_a_directory_holds_what_pytorch_users_expect(duo, tmp_path):
     assert config["default_draft"] == "BssB"
 
 
-@pytest.mark.parametrize("names", [name for name in NAMES if name not in ("canonical", "gguf")])
+@pytest.mark.parametrize("names", [name for name in NAMES if name != "canonical"])
 def test_other_names_come_back_through_their_map(duo, tmp_path, names):
     directory, state = duo("float16", mlp_bias=True, attention_bias=True)
     export(directory, tmp_path / "duo.pt", names=names)
@@ -118,10 +118,10 @@ def test_a_quantised_model_is_dequantised_when_told_to(duo, tmp_path, dtype):
     (tmp_path / "q").mkdir()
     quantise(directory, tmp_path / "q", bits=4, small_bits=8, group_size=32)
     with pytest.raises(DuoError, match="q: is quantised; give --dequantise"):
-        export(tmp_path / "q", tmp_path / "out")
+        export(tmp_path / "q", tmp_path / "out", names="canonical")
     assert not (tmp_path / "out").exists()
-    export(tmp_path / "q", tmp_path / "out", dequantise=True)
-    export(tmp_path / "q", tmp_path / "out.pt", dequantise=True)
+    export(tmp_path / "q", tmp_path / "out", dequantise=True, names="canonical")
+    export(tmp_path / "q", tmp_path / "out.pt", dequantise=True, names="canonical")
     found = load_exported(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert not {"quantization", "quantization_config", "model_file"} & config.keys()
@@ -143,14 +143,14 @@ def test_a_quantised_model_is_dequantised_when_told_to(duo, tmp_path, dtype):
 def test_what_exists_is_kept_without_force(duo, tmp_path):
     directory, state = duo()
     for name in ("duo.pt", "exported"):
-        export(directory, tmp_path / name)
+        export(directory, tmp_path / name, names="canonical")
         with pytest.raises(DuoError, match=f"{name} exists already; give --force"):
-            export(directory, tmp_path / name)
-        export(directory, tmp_path / name, force=True)
+            export(directory, tmp_path / name, names="canonical")
+        export(directory, tmp_path / name, force=True, names="canonical")
         assert load_exported(tmp_path / name).keys() == state.keys()
     (tmp_path / "photos.pt").mkdir()
     with pytest.raises(DuoError, match="photos.pt is a directory; give the name of a file"):
-        export(directory, tmp_path / "photos.pt", force=True)
+        export(directory, tmp_path / "photos.pt", force=True, names="canonical")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_destination_that_makes_no_sense_is_refused(duo, tmp_path, destination
     directory, _ = duo()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DuoError, match=line):
-        export(directory, tmp_path / destination, force=True)
+        export(directory, tmp_path / destination, force=True, names="canonical")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -178,10 +178,10 @@ def test_a_source_that_is_no_sound_model_leaves_nothing(duo, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-8])
     for name in ("out", "out.pt"):
         with pytest.raises(DuoError, match="model.safetensors: is damaged"):
-            export(directory, tmp_path / name)
+            export(directory, tmp_path / name, names="canonical")
     (directory / "config.json").unlink()
     with pytest.raises(DuoError, match="holds no config.json"):
-        export(directory, tmp_path / "out")
+        export(directory, tmp_path / "out", names="canonical")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -194,7 +194,7 @@ def test_a_disk_that_fills_up_leaves_nothing(duo, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(DuoError, match=r"\.pt: cannot be written: .*unexpected pos 64 vs 0$") as error:
-        export(directory, tmp_path / "out.pt")
+        export(directory, tmp_path / "out.pt", names="canonical")
     assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -202,9 +202,9 @@ def test_without_pytorch_a_state_dict_names_the_extra_and_a_directory_is_written
     directory, state = duo()
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(DuoError, match=r"pip install 'duo-mlx\[torch\]'"):
-        export(directory, tmp_path / "out.pt")
+        export(directory, tmp_path / "out.pt", names="canonical")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    export(directory, tmp_path / "out")
+    export(directory, tmp_path / "out", names="canonical")
     monkeypatch.undo()
     assert load_exported(tmp_path / "out").keys() == state.keys()
 
@@ -213,7 +213,7 @@ def test_a_second_copy_of_a_tied_head_is_left_out(duo, tmp_path):
     directory, state = duo()
     file = directory / "model.safetensors"
     save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, file, {"format": "mlx"})
-    export(directory, tmp_path / "out.pt")
+    export(directory, tmp_path / "out.pt", names="canonical")
     assert load_exported(tmp_path / "out.pt").keys() == state.keys()
 
 

@@ -55,10 +55,27 @@ def tokenizer(kind):
     return {f"tokenizer.ggml.{key}": value for key, value in (values | extra).items()}
 
 
+LLAMA = {
+    "llama.block_count": 1,
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 96,
+    "llama.attention.head_count": 4,
+    "llama.attention.layer_norm_rms_epsilon": 0.5,
+    "llama.context_length": 128,
+}
+
+
 @pytest.fixture(scope="module")
 def valid(gguf):
     """What to spoil: by name, the file's name and its content."""
     one = [("token_embd.weight", "Q4_0", (4, 64), bytes(144)), ("blk.0.x", "F32", (3,), bytes(12))]
+    quants = [("token_embd.weight", 14, (2, 256), bytes(420)), ("blk.0.attn_norm.weight", "F32", (3,), bytes(12))]
+    gemma = {
+        "general.architecture": "gemma3",
+        **{f"gemma3.{key.partition('.')[2]}": value for key, value in LLAMA.items()},
+    }
+    gemma |= {"gemma3.embedding_length": 256, "gemma3.attention.sliding_window": 4, "gemma3.rope.freq_base_swa": 1e4}
+    factors = ("rope_freqs.weight", "F32", (8,), struct.pack("<8f", *[1.0] * 8))
     weight_map = {"a": "1.safetensors", "b.weight": "2.safetensors", "c": "2.safetensors"}
     index = json.dumps({"metadata": {"total_size": 66}, "weight_map": weight_map}).encode()
     return {
@@ -67,6 +84,9 @@ def valid(gguf):
         "zip": ("x.pt", pickled({"model": tensors(), "step": 3}, True)),
         "old pickle": ("x.pth", pickled(tensors(), False)),
         "gguf": ("x.gguf", gguf(tensors=one)),
+        "gguf of Gemma": ("x.gguf", gguf(tensors=quants, metadata=gemma)),
+        "gguf with factors": ("x.gguf", gguf(tensors=[*one, factors])),
+        "gguf in parts": ("x-00001-of-00001.gguf", gguf(tensors=one, metadata={"split.count": 1, "split.no": 0})),
         "gguf with BPE": ("x.gguf", gguf(tensors=one, metadata=tokenizer("gpt2"))),
         "gguf with sentencepiece": ("x.gguf", gguf(tensors=one, metadata=tokenizer("llama"))),
     }
@@ -155,13 +175,25 @@ def test_spoilt_files_are_read_or_refused(valid, place, data):
 
 
 @pytest.mark.parametrize(
-    "kind", ["safetensors", "index", "zip", "old pickle", "gguf", "gguf with BPE", "gguf with sentencepiece"]
+    "kind",
+    [
+        "safetensors",
+        "index",
+        "zip",
+        "old pickle",
+        "gguf",
+        "gguf of Gemma",
+        "gguf with factors",
+        "gguf in parts",
+        "gguf with BPE",
+        "gguf with sentencepiece",
+    ],
 )
 def test_the_files_are_valid_before(valid, place, kind):
     name, content = valid[kind]
     (place / name).write_bytes(content)
     with contextlib.ExitStack() as stack:
         stack.callback((place / name).unlink)
-        if kind == "gguf":
+        if kind in ("gguf", "gguf of Gemma", "gguf with factors", "gguf in parts"):
             stack.enter_context(pytest.raises(DuoError, match="has no tokenizer"))
         read_all(place / name, place)

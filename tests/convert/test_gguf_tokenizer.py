@@ -105,6 +105,9 @@ def test_ids_are_those_of_transformers(both, pre, text):
 
 
 CUTS = {
+    "gpt-4o": ("It's 12345 XyZ'll!!/\n  X", ["It's", " ", "123", "45", " Xy", "Z'll", "!!/\n", " ", " X"]),
+    "tekken": ("It's 12 XyZ!!", ["It", "'s", " ", "1", "2", " Xy", "Z", "!!"]),
+    "deepseek-coder": ("a b\n 12.5 x", ["a", " b", "\n", " ", "1", "2", ".", "5", " x"]),
     "llama-bpe": ("It's 12345 o'clock!!\n\n  X", ["It", "'s", " ", "123", "45", " o", "'clock", "!!\n\n", " ", " X"]),
     "qwen2": ("It's 123 o'clock!!\n\n  X", ["It", "'s", " ", "1", "2", "3", " o", "'clock", "!!\n\n", " ", " X"]),
     "smollm": ("It's 123 o'clock!!", ["It", "'s", " ", "1", "2", "3", " o", "'", "clock", "!!"]),
@@ -195,9 +198,7 @@ def test_user_defined_tokens_stand_for_themselves(vocabulary, written):
 
 def test_a_tokenizer_beside_is_taken_if_it_has_the_tokens(vocabulary, written):
     unknown = metadata(vocabulary, "somebody's own")
-    with pytest.raises(
-        DuoError, match=r"tokenizer\.ggml\.pre is somebody's own; known are default, gpt-2, llama-bpe, qwen2"
-    ):
+    with pytest.raises(DuoError, match=r"tokenizer\.ggml\.pre is somebody's own; known are default, gpt-2, phi-2, "):
         written(unknown)
     beside, _ = gguf_tokenizer.build(metadata(vocabulary, "qwen2"))
     tokenizer, _ = written(unknown, beside=beside)
@@ -308,6 +309,72 @@ def test_sentencepieces_added_and_unused_tokens(sentences, written):
     reachable = [5 if token == "\u2581the" else kind for token, kind in zip(tokens, types, strict=True)]
     with pytest.raises(DuoError, match=r"x\.gguf: has unused symbols \(\u2581the\)"):
         written(sentence_metadata(sentences, token_type=reachable))
+
+
+def test_runs_of_equal_score_grow_from_the_left(sentences):
+    """Llama 2 and Mistral have runs of spaces, all with the same score."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(sentences)
+    known = {piece.piece for piece in proto.pieces}
+    for piece in proto.pieces:
+        if set(piece.piece) == {"\u2581"} and len(piece.piece) > 1:
+            piece.score = -1e9
+    for length in (2, 3, 4, 6, 7, 12):
+        if "\u2581" * length not in known:
+            proto.pieces.add(piece="\u2581" * length, score=-1e9)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    ours, _ = gguf_tokenizer.build(sentence_metadata(proto.SerializeToString(), add_bos_token=False))
+    for length in range(40):
+        for text in (" " * length + "the sun", "the" + " " * length + "sun" + " " * length):
+            assert ours.encode(text).ids == theirs.encode(text), length
+
+
+@given(text=TEXTS | st.text(" \n\ta<b>the\u2581", max_size=20))
+@example(text="the  sun   went\n\n    <b>down</b>\n \u2581\u2581 <b")
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_user_defined_symbols_without_a_prefix(sentences, text):
+    """As Gemma has them: runs of spaces, which GGUF writes as spaces, line breaks, tags; unk is a control token."""
+    symbols = ["\n", "\n\n", "  ", "   ", "    ", "<b>", "</b>"]
+    proto = sentencepiece_model_pb2.ModelProto.FromString(sentences)
+    kept = [piece for piece in proto.pieces if piece.piece.replace("\u2581", " ") not in symbols]
+    del proto.pieces[:]
+    proto.pieces.extend(kept)
+    values = sentence_metadata(proto.SerializeToString(), add_bos_token=False, add_space_prefix=False)
+    for symbol in symbols:
+        proto.pieces.add(piece=symbol.replace(" ", "\u2581"), score=-1000.0, type=4)
+        for key, value in (("tokens", symbol), ("scores", -1000.0), ("token_type", 4)):
+            values[f"tokenizer.ggml.{key}"].append(value)
+    values["tokenizer.ggml.token_type"][0] = 3
+    proto.normalizer_spec.add_dummy_prefix = False
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    ours, _ = gguf_tokenizer.build(values)
+    ids = theirs.encode(text.replace("\0", ""))
+    assert ours.encode(text.replace("\0", "")).ids == ids
+    assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
+
+
+def test_phi_3s_tokens_take_the_spaces_after_them(sentences):
+    values = sentence_metadata(sentences, add_bos_token=False) | {"general.architecture": "phi3"}
+    for key, value in (("tokens", "<|user|>"), ("scores", -1000.0), ("token_type", 4)):
+        values[f"tokenizer.ggml.{key}"].append(value)
+    ours, _ = gguf_tokenizer.build(values)
+    assert ours.encode("<|user|> \n the sun").ids == [380, *ours.encode("the sun").ids]
+    assert ours.encode("<s> the").ids != ours.encode("<s>the").ids
+
+
+def test_tokens_that_end_a_turn_end_the_text(vocabulary, written):
+    """Llama 3's and Gemma's files name only one of them."""
+    vocab, _ = vocabulary
+    tokens = [*sorted(vocab, key=vocab.__getitem__), "<end_of_turn>", "<|eot_id|>"]
+    types = [3 if token in (*SPECIAL, "<end_of_turn>") else 1 for token in tokens]  # the last is an ordinary token
+    _, out = written(metadata(vocabulary, "gpt-2", tokens=tokens, token_type=types, eos_token_id=0))
+    said = json.loads((out / "generation_config.json").read_text())
+    assert said["eos_token_id"] == [0, 2, len(tokens) - 2]
+
+
+def test_a_file_without_a_tokenizer_takes_the_one_beside_it(vocabulary, written):
+    beside, _ = gguf_tokenizer.build(metadata(vocabulary, "qwen2"))
+    tokenizer, out = written({}, beside=beside)
+    assert tokenizer.encode(TEXT) == beside.encode(TEXT).ids and (out / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Grafting: small FFNs that do what they are for, resuming, what is refused, and a metric of the true gradient."""
+"""Grafting: small FFNs that do what they are for on any base, resuming, what is refused, and a metric that is true."""
 
 import json
 import shutil
@@ -9,15 +9,32 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from duo_mlx.config import Config
 from duo_mlx.convert.graft import LEAST, WINDOW, Graft, cut, graft, importance
-from duo_mlx.convert.graft.layers import Dense
+from duo_mlx.convert.graft.layers import Layers
 from duo_mlx.convert.graft.state import State
-from duo_mlx.convert.tensors import Tensor
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Model, ModelArgs
+from duo_mlx.model import Model
 
-CONFIG = {"num_hidden_layers": 3, "intermediate_size": 48, "vocab_size": 32, "bos_token_id": 1}
 SETTINGS = Graft(small_ratio=8, tokens=LEAST)
+SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 48, "vocab_size": 32}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "rms_norm_eps": 1e-5}
+CONTEXT = {"max_position_embeddings": 512, "rope_theta": 1e4}
+BASES = {
+    "llama": SIZES | HEADS | {"bos_token_id": 1},
+    "qwen3": SIZES | HEADS | CONTEXT | {"tie_word_embeddings": True},
+    "gemma2": SIZES | HEADS | {"query_pre_attn_scalar": 4.0},
+    "phi": SIZES | CONTEXT | {"num_attention_heads": 4, "num_key_value_heads": 4, "partial_rotary_factor": 0.5},
+    "phi3": SIZES | HEADS | CONTEXT | {"original_max_position_embeddings": 512, "tie_word_embeddings": False},
+    "gpt2": {"n_embd": 16, "n_head": 4, "n_layer": 3, "n_ctx": 512, "n_positions": 512, "vocab_size": 32}
+    | {"layer_norm_epsilon": 1e-5, "num_key_value_heads": 4},
+    "qwen3_moe": SIZES
+    | HEADS
+    | CONTEXT
+    | {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    | {"moe_intermediate_size": 24, "tie_word_embeddings": True, "norm_topk_prob": True},
+}
+COPIED = ("llama", "qwen3", "gemma2", "phi", "phi3", "gpt2")  # whose neurons can be named
 
 
 @pytest.fixture(scope="module")
@@ -27,69 +44,104 @@ def ids():
     return np.cumsum(random.choice([1, 1, 1, 2, 7], LEAST)).astype(np.int32) % 30 + 2
 
 
-@pytest.fixture(scope="module")
-def dense(tiny_model, tiny_config, llama_twin):
-    """``dense(**changes)``: a dense model's tensors, its config, and mlx-lm's llama with the same weights."""
-
-    def make(**changes):
-        changes = CONFIG | changes
-        bos = changes.pop("bos_token_id")
-        twin = llama_twin(tiny_model(**changes))
-        tensors = {name: Tensor.of(value) for name, value in tree_flatten(twin.parameters())}
-        config = tiny_config(**changes, small_intermediate_size=None) | {"model_type": "llama", "bos_token_id": bos}
-        return tensors, config, twin
-
-    return make
-
-
-def duo(tensors, config, smalls, extra):
-    """The model that convert would write."""
-    model = Model(ModelArgs.from_dict(config | extra | {"model_type": "duo"}))
-    weights = {name.replace(".mlp.", ".mlp.big."): tensor for name, tensor in tensors.items()} | smalls
-    model.load_weights([(name, tensor.load()) for name, tensor in weights.items()])
+def dense(kind="llama", seed=0, **changes):
+    """A dense model with random weights, hosted."""
+    base = BASES[kind] | changes | {"model_type": "duo", "base_model_type": kind}
+    model = Model(Config.from_dict(base | {"small_layers": [], "small_intermediate_size": 1}))
+    random = np.random.default_rng(seed)
+    weights = []
+    for name, value in tree_flatten(model.parameters()):
+        drawn = random.standard_normal(value.shape)
+        drawn = drawn / value.shape[-1] ** 0.5 if value.ndim > 1 else drawn / 5 + name.endswith("norm.weight")
+        weights.append((name, mx.array(drawn.astype(np.float32))))
+    model.load_weights(weights)
     return model
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"mlp_bias": True, "attention_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 1},
-        {"layer_types": ["sliding_attention"] * 2 + ["full_attention"], "sliding_window": 24, "bos_token_id": None},
-    ],
-)
-def test_all_big_is_the_dense_model_and_small_is_nearer_to_it_than_skip(dense, ids, tmp_path, changes):
-    tensors, config, twin = dense(**changes)
-    smalls, extra = graft(tensors, config, SETTINGS, ids, tmp_path / "state")
+def duo(model, smalls, extra):
+    """The model that convert would write."""
+    keys = {key: value for key, value in model.config.to_dict().items() if not key.startswith("small_")}
+    made = Model(Config.from_dict(keys | extra))
+    weights = dict(tree_flatten(model.parameters())) | {name: tensor.load() for name, tensor in smalls.items()}
+    made.load_weights(list(weights.items()))
+    return made
+
+
+def distances(model, ids, hidden):
+    """How far the FFN outputs of small, and nothing, are from big's on what goes into them, of big's own size."""
+    windows, errors = mx.array(ids[: 8 * 128].reshape(8, 128)), []
+
+    def compare(ffn, x):
+        big = ffn.big(x)
+        errors.append((mx.square(ffn.small(x) - big).mean() / mx.square(big).mean()).item())
+        return big
+
+    model(windows, on_ffn=compare)
+    assert len(errors) == 3 and hidden == 16
+    return errors
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_small_is_nearer_to_big_than_nothing_and_copied_neurons_help(kind, ids, tmp_path):
+    model = dense(kind)
+    before = model(mx.array(ids[None, :64]))
+    errors = {}
+    for share in (0.5, 1.0):
+        settings = Graft(small_ratio=4, tokens=LEAST, linear_share=share)
+        smalls, extra = graft(model, ids, settings, tmp_path / str(share))
+        made = duo(model, smalls, extra)
+        assert mx.allclose(made(mx.array(ids[None, :64])), before, atol=1e-4).item()
+        errors[share] = np.mean(distances(made, ids, model.config.hidden_size))
+    assert extra.get("small_activation", "silu") == ("gelu_tanh" if kind in ("gemma2", "phi", "gpt2") else "silu")
+    assert errors[0.5] < 0.9 and errors[1.0] < 0.95
+    rows = np.array(smalls[f"{model.ffn_paths[1]}.small.gate_proj.weight"].load())
+    assert not rows.any()
+    if kind not in COPIED:
+        assert errors[0.5] == errors[1.0]  # all neurons are linear
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
+def test_copied_neurons_are_the_modules_own_also_of_a_quantised_one(kind, ids, tmp_path):
+    model = dense(kind, **({"n_embd": 64} if kind == "gpt2" else {"hidden_size": 64, "intermediate_size": 64}))
+    if kind != "gpt2":
+        nn.quantize(model, 32, 8, class_predicate=lambda path, _: ".big." in path)
+    smalls, extra = graft(model, ids, SETTINGS, tmp_path / "state")
+    gates = np.array(smalls[f"{model.ffn_paths[0]}.small.gate_proj.weight"].load())
+    copied = gates[extra["small_intermediate_size"] // 2 :]
+    big = model.ffns[0].big
+    part = big.c_fc if kind == "gpt2" else big.gate_up_proj if kind == "phi3" else big.gate_proj
+    rows = part.weight
+    if isinstance(part, nn.QuantizedLinear):
+        rows = mx.dequantize(part.weight, part.scales, part.biases, part.group_size, part.bits)
+    rows = np.array(rows)
+    assert len(copied) >= 4 and all((np.abs(rows - row).max(axis=1) < 1e-6).any() for row in copied)
+
+
+def test_a_base_that_does_not_open_is_refused_by_name(ids, tmp_path):
+    model = dense()
+    vars(model)["opens"] = False
+    with pytest.raises(DuoError, match="the layers of a llama cannot be run one by one"):
+        graft(model, ids, SETTINGS, tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
+def test_every_tensor_fits_the_configuration_and_weights_stay(ids, tmp_path):
+    model = dense()
+    model.set_dtype(mx.bfloat16)
+    smalls, extra = graft(model, ids, SETTINGS, tmp_path / "state")
     assert extra == {"small_intermediate_size": 6, "small_bias": True}
-    model = duo(tensors, config, smalls, extra)
-    windows = ids[: 8 * 128].reshape(8, 128)
-    ours, theirs = model(mx.array(windows), routes=[2, 2, 2]), twin(mx.array(windows))
-    np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=1e-4)
-    assert mx.array_equal(ours.argmax(-1), theirs.argmax(-1)).item()
-
-    def distance(route):
-        return mx.square(model(mx.array(windows), routes=[route] * 3) - theirs).mean().item()
-
-    assert distance(1) < 0.6 * distance(0)
-
-
-def test_every_tensor_fits_the_configuration(dense, ids, tmp_path):
-    tensors, config, _ = dense()
-    smalls, extra = graft(tensors, config, SETTINGS, ids, tmp_path / "state")
-    model = duo(tensors, config, smalls, extra)
-    expected = {name: value for name, value in tree_flatten(model.parameters()) if ".small." in name}
-    assert {name: tensor.shape for name, tensor in smalls.items()} == {n: v.shape for n, v in expected.items()}
+    expected = {n: v.shape for n, v in tree_flatten(duo(model, smalls, extra).parameters()) if ".small." in n}
+    assert {name: tensor.shape for name, tensor in smalls.items()} == expected
     assert all(tensor.load().dtype == mx.float32 and tensor.dtype == "float32" for tensor in smalls.values())
+    assert {value.dtype for _, value in tree_flatten(model.parameters())} == {mx.bfloat16}
 
 
-def test_layers_that_are_left_big_only(dense, ids, tmp_path):
-    tensors, config, _ = dense()
-    settings = Graft(small_ratio=8, tokens=LEAST, small_layers=(2, 0))
-    smalls, extra = graft(tensors, config, settings, ids, tmp_path / "state")
+def test_layers_that_are_left_big_only(ids, tmp_path):
+    model = dense()
+    smalls, extra = graft(model, ids, Graft(small_ratio=8, tokens=LEAST, small_layers=(2, 0)), tmp_path / "state")
     assert extra["small_layers"] == [0, 2]
     assert {name.split(".")[2] for name in smalls} == {"0", "2"}
-    duo(tensors, config, smalls, extra)
+    duo(model, smalls, extra)
 
 
 class StopError(Exception):
@@ -97,9 +149,9 @@ class StopError(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 4, 6, 7, 8])
-def test_an_interrupted_graft_goes_on_where_it_was(dense, ids, tmp_path, after):
-    tensors, config, _ = dense()
-    whole, _ = graft(tensors, config, SETTINGS, ids, tmp_path / "whole")
+def test_an_interrupted_graft_goes_on_where_it_was(ids, tmp_path, after):
+    model = dense()
+    whole, _ = graft(model, ids, SETTINGS, tmp_path / "whole")
 
     def stop(done, total):
         assert total == 9
@@ -107,43 +159,40 @@ def test_an_interrupted_graft_goes_on_where_it_was(dense, ids, tmp_path, after):
             raise StopError
 
     with pytest.raises(StopError):
-        graft(tensors, config, SETTINGS, ids, tmp_path / "state", stop)
+        graft(model, ids, SETTINGS, tmp_path / "state", stop)
     steps, notes = [], []
-    again, _ = graft(
-        tensors, config, SETTINGS, ids, tmp_path / "state", lambda done, _: steps.append(done), notes.append
-    )
+    again, _ = graft(model, ids, SETTINGS, tmp_path / "state", lambda done, _: steps.append(done), notes.append)
     assert steps == list(range(after + 1 if after >= 6 else 1, 10))
     assert len(notes) == (after > 6) and all("resuming the graft" in note for note in notes)
     for name, tensor in whole.items():
         assert mx.array_equal(tensor.load(), again[name].load()).item(), name
 
 
-def test_another_graft_does_not_go_on_from_this_ones_state(dense, ids, tmp_path):
-    tensors, config, _ = dense()
-    graft(tensors, config, SETTINGS, ids, tmp_path / "state")
-    name = "model.layers.1.input_layernorm.weight"
-    other = tensors | {name: Tensor.of(tensors[name].load() + 1)}
-    text = np.roll(ids, 1)
+def test_another_graft_does_not_go_on_from_this_ones_state(ids, tmp_path):
+    model = dense()
+    graft(model, ids, SETTINGS, tmp_path / "state")
+    other = dense()
+    other.layers[1].input_layernorm.weight = model.layers[1].input_layernorm.weight + 1
     for changed in (
-        (tensors, config, Graft(small_ratio=8, tokens=LEAST, seed=1), ids),
-        (tensors, config | {"rope_theta": 5.0}, SETTINGS, ids),
-        (tensors, config, SETTINGS, text),
-        (other, config, SETTINGS, ids),
+        (model, ids, Graft(small_ratio=8, tokens=LEAST, seed=1)),
+        (dense(rope_theta=5.0), ids, SETTINGS),
+        (model, np.roll(ids, 1), SETTINGS),
+        (other, ids, SETTINGS),
     ):
         with pytest.raises(DuoError, match="another model, text or setting"):
             graft(*changed, tmp_path / "state")
     shutil.rmtree(tmp_path / "state")
     (tmp_path / "state").mkdir()
     with pytest.raises(DuoError, match="is in the way"):
-        graft(tensors, config, SETTINGS, ids, tmp_path / "state")
+        graft(model, ids, SETTINGS, tmp_path / "state")
 
 
-def test_a_seed_gives_the_same_graft_and_another_seed_another(dense, ids, tmp_path):
-    tensors, config, _ = dense()
+def test_a_seed_gives_the_same_graft_and_another_seed_another(ids, tmp_path):
+    model = dense()
     results = []
     for number, seed in enumerate((3, 3, 4)):
         settings = Graft(small_ratio=8, tokens=LEAST, seed=seed)
-        smalls, _ = graft(tensors, config, settings, ids, tmp_path / str(number))
+        smalls, _ = graft(model, ids, settings, tmp_path / str(number))
         results.append(np.array(smalls["model.layers.2.mlp.small.down_proj.weight"].load()))
     np.testing.assert_array_equal(results[0], results[1])
     assert not np.allclose(results[0], results[2])
@@ -159,11 +208,11 @@ def test_a_seed_gives_the_same_graft_and_another_seed_another(dense, ids, tmp_pa
         ({}, LEAST - 1, f"have {LEAST - 1} tokens for the graft; at least {LEAST}"),
     ],
 )
-def test_what_cannot_be_grafted_is_one_line(dense, ids, tmp_path, changes, count, line):
-    tensors, config, _ = dense()
+def test_what_cannot_be_grafted_is_one_line(ids, tmp_path, changes, count, line):
+    model = dense()
     with pytest.raises(DuoError, match=line) as refused:
         settings = Graft(**{"small_ratio": 8, "tokens": LEAST} | changes)
-        graft(tensors, config, settings, ids[:count], tmp_path / "state")
+        graft(model, ids[:count], settings, tmp_path / "state")
     assert "\n" not in str(refused.value) and not (tmp_path / "state").exists()
 
 
@@ -174,47 +223,35 @@ def test_every_other_window_begins_as_a_chat_does(ids):
     np.testing.assert_array_equal(cut(ids, {"bos_token_id": None}).ravel(), ids)
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4, "head_dim": 8}])
-def test_received_attention_is_what_softmax_gives(dense, ids, changes):
-    tensors, config, _ = dense(**changes)
-    model = Dense(tensors, config)
-    layer, h = model.layer(1), mx.array(model.embed(ids[:40].reshape(2, 20)))
-    visible = model.visible(layer, 20)
-    found = np.array(importance.received_attention(layer, h, visible))
-    np.testing.assert_allclose(found.sum(axis=1), 20, rtol=1e-5)  # every token gives one away
-    # told by the attention itself: values that say one for a token and nothing for the others
-    attention = layer.self_attn
-    heads, width = attention.n_kv_heads, attention.v_proj.weight.shape[0]
-    for token in (0, 7, 19):
-        mark = mx.zeros((2, 20, width))
-        mark[:, token] = 1
-        attention.v_proj = lambda _, mark=mark: mark
-        attention.o_proj = lambda out: out
-        rotate = attention.rotation(20, None)
-        out = attention(layer.input_layernorm(h), visible, None, rotate).reshape(2, 20, attention.n_heads, -1)
-        np.testing.assert_allclose(found[:, token], np.array(out[..., 0].mean(-1).sum(-1)), rtol=1e-4)
-    assert heads == changes.get("num_key_value_heads", 2)
+def test_a_position_is_heard_by_those_that_attend_to_it(ids):
+    model = dense()
+    layers = Layers(model, 20)
+    h = mx.array(layers.embed(ids[:400].reshape(20, 20)))
+    found = np.array(importance.heard(layers, 1, h))
+    assert found.shape == (20, 1)
+    assert (np.array(importance.heard(layers, 3, h)) == 1).all()  # nobody hears what the last layer says
+    attention = model.layers[1].self_attn
+    attention.o_proj.weight = mx.zeros_like(attention.o_proj.weight)
+    np.testing.assert_allclose(np.array(importance.heard(layers, 1, h)), 1, rtol=1e-5)  # its own state alone
+    assert found.min() > 0.5 and np.abs(found - 1).max() > 0.02
 
 
-def test_the_metric_is_of_the_gradient_through_the_whole_model(dense, ids, tmp_path, monkeypatch):
-    tensors, config, twin = dense()
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_metric_is_of_the_gradient_by_what_the_ffns_say(kind, ids, tmp_path, monkeypatch):
+    model = dense(kind)
     monkeypatch.setattr(importance, "_root", lambda gradient: gradient)
-    windows = cut(ids, config)
-    state = State(tmp_path / "state", {})
-    steps = []
-    importance.measure_metrics(Dense(tensors, config), windows, state, lambda: steps.append(1))
+    windows = cut(ids, model.config.base)
+    state, steps = State(tmp_path / "state", {}), []
+    importance.measure_metrics(Layers(model, WINDOW), windows, state, lambda: steps.append(1))
     assert len(steps) == 6
 
     def said(nudges, row, tokens):
-        h = twin.model.embed_tokens(row)
-        for layer, nudge in zip(twin.model.layers, nudges, strict=True):
-            h = layer(h, "causal", None) + nudge
-        logits = twin.model.embed_tokens.as_linear(twin.model.norm(h))
+        logits = model(row, on_ffn=lambda ffn, x: ffn.big(x) + nudges[ffn.index])
         return -nn.losses.cross_entropy(logits, tokens, reduction="sum")
 
     for number in (0, 5):
         row = mx.array(windows[number : number + 1])
-        tokens = mx.random.categorical(twin(row)[0], key=mx.random.key(number))[None]
+        tokens = mx.random.categorical(model(row)[0], key=mx.random.key(number))[None]
         gradients = mx.grad(said)([mx.zeros((1, WINDOW, 16))] * 3, row, tokens)
         for index, gradient in enumerate(gradients):
             np.testing.assert_allclose(state.load(f"metric-{index}")[number], np.array(gradient[0]), atol=2e-4)

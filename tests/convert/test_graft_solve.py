@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duo_mlx.convert.graft import run
-from duo_mlx.convert.graft.solve import COPIED_RIDGE, Moments, Projection, _pick, solve
+from duo_mlx.convert.graft.neurons import Projection
+from duo_mlx.convert.graft.solve import COPIED_RIDGE, Copyable, Moments, _pick, solve
 
 INPUTS, NEURONS, OUTPUTS, TOKENS = 6, 20, 5, 4000
 
@@ -37,9 +38,11 @@ class Problem:
     def solve(self, target, width, linear, metric=None, batches=3):
         moments = Moments.empty(INPUTS, NEURONS, OUTPUTS)
         for features, part in zip(np.array_split(self.features, batches), np.array_split(target, batches), strict=True):
-            moments.add(features.T @ features, features.T @ part, len(features))
+            x, said = mx.array(features[:, :INPUTS]), mx.array(features[:, INPUTS + 1 :])
+            moments.add(x, said, mx.array(part), mx.ones((len(part), 1)))
         metric = np.eye(OUTPUTS) if metric is None else metric
-        return solve(moments, self.gate, self.up, metric, width, linear)
+        big = Copyable(self.gate.weight, self.gate.bias, self.up.weight, self.up.bias)
+        return solve(moments, big, metric, width, linear)
 
     def error(self, small, target):
         """Share of the target that is not said."""

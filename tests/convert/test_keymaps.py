@@ -48,6 +48,12 @@ def filled(shapes, dtype, seed=0):
     return {name: Tensor.of(mx.array(value).view(getattr(mx, dtype))) for name, value in bits.items()}
 
 
+def shapes(config, dense=False):
+    """Names and shapes of a Duo, or of the dense model that it may be made of."""
+    found = expected_shapes(ModelArgs.from_dict(config | ({"small_layers": []} if dense else {})))
+    return {name.replace(".big.", ".") if dense else name: shape for name, shape in found.items()}
+
+
 def bits(tensor):
     array = tensor.load()
     assert array.shape == tensor.shape and str(array.dtype) == f"mlx.core.{tensor.dtype}"
@@ -71,8 +77,8 @@ def multiset(tensors):
 @settings(max_examples=50, deadline=None)
 def test_every_map_is_a_bijection(name, layout, model, dtype):
     config, dense = model
-    keymap, dense = keymaps.named(name, layout), dense or name == "gguf"
-    canonical = filled(expected_shapes(ModelArgs.from_dict(config), dense), dtype)
+    keymap = keymaps.named(name, layout)
+    canonical = filled(shapes(config, dense), dtype)
     theirs = keymap.from_canonical(canonical, config)
     assert_same(keymap.to_canonical(theirs, config), canonical)
     np.testing.assert_array_equal(multiset(theirs), multiset(canonical))
@@ -112,20 +118,6 @@ layers.3.feed_forward.w1.weight           model.layers.3.mlp.big.gate_proj.weigh
 layers.3.small_feed_forward.w2.weight     model.layers.3.mlp.small.down_proj.weight
 layers.4.feed_forward.w1.weight           model.layers.4.mlp.big.gate_proj.weight
 """
-GGUF = """
-token_embd.weight                         model.embed_tokens.weight
-output_norm.weight                        model.norm.weight
-output.weight                             lm_head.weight
-blk.10.attn_norm.weight                   model.layers.10.input_layernorm.weight
-blk.10.ffn_norm.weight                    model.layers.10.post_attention_layernorm.weight
-blk.10.attn_q.weight                      model.layers.10.self_attn.q_proj.weight
-blk.10.attn_k.bias                        model.layers.10.self_attn.k_proj.bias
-blk.10.attn_v.weight                      model.layers.10.self_attn.v_proj.weight
-blk.10.attn_output.weight                 model.layers.10.self_attn.o_proj.weight
-blk.10.ffn_gate.weight                    model.layers.10.mlp.gate_proj.weight
-blk.10.ffn_up.weight                      model.layers.10.mlp.up_proj.weight
-blk.10.ffn_down.bias                      model.layers.10.mlp.down_proj.bias
-"""
 SIZES = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 6, "small_intermediate_size": 2}
 
 
@@ -135,7 +127,6 @@ SIZES = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 6, "sm
         ("llama", LLAMA + LLAMA_DENSE, True),
         ("llama", LLAMA + LLAMA_DUO, True),
         ("llama", LLAMA_BESIDE, False),
-        ("gguf", GGUF, True),
     ],
 )
 def test_names(name, names, back):
@@ -163,11 +154,6 @@ def test_two_tensors_of_one_name_are_an_error():
     spellings = {f"{layer}_small.w1.weight": one, f"{layer}.w1.weight": one, f"{layer}.big.w1.weight": one}
     with pytest.raises(DuoError, match="are both model.layers.0.mlp.big.gate_proj.weight"):
         keymaps.named("llama").to_canonical(spellings, SIZES)
-
-
-def test_gguf_has_no_names_for_a_duo():
-    with pytest.raises(DuoError, match="mlp.small.up_proj.weight: GGUF has no name for it"):
-        keymaps.named("gguf").from_canonical({"model.layers.0.mlp.small.up_proj.weight": Tensor.of(mx.ones(1))}, SIZES)
 
 
 def test_fused_names_are_those_of_transformers_phi3():
@@ -286,7 +272,7 @@ def test_either_target_layout_gives_the_same_logits(tiny_config, name):
     config = tiny_config(attention_bias=True)
     source = {
         name: Tensor.of(mx.random.normal(shape, key=mx.random.key(number)) / 2)
-        for number, (name, shape) in enumerate(expected_shapes(ModelArgs.from_dict(config)).items())
+        for number, (name, shape) in enumerate(shapes(config).items())
     }
     plain, keymap = keymaps.named(name, "half"), keymaps.named(name, "interleaved")
     theirs = plain.from_canonical(source, config)  # renamed, not permuted
@@ -305,7 +291,7 @@ def test_either_target_layout_gives_the_same_logits(tiny_config, name):
 def test_canonical_weights_are_what_the_model_runs(tiny_config):
     for traditional in (True, False):
         config = tiny_config(rope_traditional=traditional)
-        tensors = filled(expected_shapes(ModelArgs.from_dict(config)), "float32")
+        tensors = filled(shapes(config), "float32")
         assert_same(keymaps.named("canonical").to_canonical(tensors, config), tensors)
         moved = keymaps.named("canonical", "half").to_canonical(tensors, config)
         name = "model.layers.0.self_attn.k_proj.weight"
@@ -323,7 +309,7 @@ def test_a_wrong_shape_is_left_to_the_plan_and_odd_heads_are_refused():
 def test_names_that_fit_nothing(tmp_path):
     with pytest.raises(DuoError, match=r"w.pt: its names \(h.0.attn, h.1.attn, wpe ...\) fit none .* --key-map FILE$"):
         keymaps.detect(["wte", "wpe", "h.0.attn", "h.1.attn"], tmp_path / "w.pt")
-    with pytest.raises(DuoError, match="no key map 'hf'; known are canonical, llama, fused, gguf"):
+    with pytest.raises(DuoError, match="no key map 'hf'; known are canonical, llama, fused"):
         keymaps.named("hf")
     with pytest.raises(DuoError, match="layout is 'neox'; it must be half or interleaved"):
         keymaps.named("llama", "neox")

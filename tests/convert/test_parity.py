@@ -2,24 +2,22 @@
 
 import json
 import shutil
-from dataclasses import replace
+import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from mlx.utils import tree_flatten
 
-from duo_mlx import checkpoint
+from duo_mlx import checkpoint, guard
 from duo_mlx.cli import main
-from duo_mlx.convert import parity, stored
+from duo_mlx.convert import parity, references, stored
 from duo_mlx.convert.export import export
 from duo_mlx.convert.parity import Parity
 from duo_mlx.convert.quantise import quantise
 from duo_mlx.convert.tensors import Tensor
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Model
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "small_intermediate_size": 32}
 VARIANTS = [
@@ -29,6 +27,7 @@ VARIANTS = [
     {"num_key_value_heads": 4, "rope_traditional": True},
     {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
 ]
+SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention"] * 4}
 LAYER_TYPES = ["sliding_attention", "full_attention"] * 2
 
 
@@ -107,7 +106,9 @@ def test_weights_that_the_reference_lacks_or_misses_are_an_error(saved):
     directory, model = saved()
     weights = tensors(model)
     weights["model.other.weight"] = weights.pop("model.norm.weight")
-    with pytest.raises(DuoError, match=r"--verify: the weights do not fit the reference: .*model.norm.weight") as error:
+    with pytest.raises(
+        DuoError, match=r"--verify: the weights do not fit the reference: .*model.(norm|other).weight"
+    ) as error:
         parity.measure(directory, config_of(directory), weights)
     assert "\n" not in str(error.value)
 
@@ -133,7 +134,7 @@ def test_scales_of_the_wrong_module_are_found(saved, tmp_path):
     assert {row.route for row in parity.failures(found)} == {"big", "random"}
 
 
-@pytest.mark.parametrize("names", ["canonical", "llama", "fused"])
+@pytest.mark.parametrize("names", ["transformers", "canonical", "llama", "fused"])
 @pytest.mark.parametrize("form", ["out.pt", "out"])
 def test_an_export_agrees_with_what_it_was_made_of(saved, tmp_path, form, names):
     directory, _ = saved(mlp_bias=True)
@@ -152,45 +153,28 @@ def test_a_dequantised_export_agrees_although_it_is_rounded(saved, tmp_path, dty
         half, config_of(directory), {name: value.astype(getattr(mx, dtype)) for name, value in weights.items()}
     )
     quantise(half, quantised, bits=4, group_size=32)
-    export(quantised, tmp_path / "out.pt", dequantise=True)
-    assert agrees(parity.measure_export(tmp_path / "out.pt", quantised, tokens=24))
+    export(quantised, tmp_path / "out.pt", dequantise=True, names="canonical")
+    assert agrees(parity.measure_export(tmp_path / "out.pt", quantised, tokens=24, names="canonical"))
 
 
 def test_a_wrong_export_is_found(saved, tmp_path):
     directory, _ = saved()
-    export(directory, tmp_path / "out.pt")
+    export(directory, tmp_path / "out.pt", names="canonical")
     state = torch.load(tmp_path / "out.pt", weights_only=True)
     state["model.layers.3.self_attn.v_proj.weight"] += 0.01
     torch.save(state, tmp_path / "out.pt")
-    assert len(parity.failures(parity.measure_export(tmp_path / "out.pt", directory, tokens=24))) == 4
+    assert (
+        len(parity.failures(parity.measure_export(tmp_path / "out.pt", directory, tokens=24, names="canonical"))) == 4
+    )
 
 
-@pytest.mark.parametrize("changes", [*VARIANTS, {"sliding_window": 5, "layer_types": LAYER_TYPES}])
-def test_all_big_agrees_with_the_dense_model(saved, llama_twin, monkeypatch, changes):
-    directory, model = saved(**changes)
-    dense = {name: Tensor.of(value) for name, value in tree_flatten(llama_twin(model).parameters())}
-    config = config_of(directory) | {"model_type": "llama"}
-    config["tie_word_embeddings"] = changes.get("tie_word_embeddings", True)
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)  # a graft is verified without
-    assert agrees(parity.measure_dense(directory, dense, config, tokens=24), ["big"])
-    wrong = spoiled(dense, "model.layers.2.mlp.gate_proj.weight")
-    assert parity.failures(parity.measure_dense(directory, wrong, config, tokens=24))
-    del dense["model.norm.weight"]
-    with pytest.raises(DuoError, match=r"--verify: the dense model cannot be made: .*model.norm.weight"):
-        parity.measure_dense(directory, dense, config)
-
-
-def test_a_dense_model_whose_attention_slides_everywhere_is_verified_within_its_window(saved, llama_twin):
-    """mlx-lm's llama cannot be made with that; Mistral's first models have it."""
-    sliding = {"sliding_window": 5, "layer_types": ["sliding_attention"] * 4}
-    directory, model = saved(**sliding)
-    full = Model(replace(model.config, sliding_window=None, layer_types=()))
-    full.update(model.parameters())
-    dense = {name: Tensor.of(value) for name, value in tree_flatten(llama_twin(full).parameters())}
-    config = config_of(directory) | {"model_type": "llama"}
-    assert agrees(parity.measure_dense(directory, dense, config, tokens=24), ["big"])
-    wrong = spoiled(dense, "model.layers.2.mlp.gate_proj.weight")
-    assert parity.failures(parity.measure_dense(directory, wrong, config, tokens=24))
+@pytest.mark.parametrize("changes", [*VARIANTS, {"sliding_window": 5, "layer_types": LAYER_TYPES}, SLIDING])
+def test_all_big_agrees_with_the_base(saved, monkeypatch, changes):
+    directory, _ = saved(**changes)
+    monkeypatch.setitem(sys.modules, "torch", None)  # a graft is verified without
+    assert agrees(parity.measure_dense(directory, tokens=24), ["big"])
+    monkeypatch.setattr(guard, "all_big", lambda model, tokens: model(tokens, routes=[2, 2, 1, 2]))
+    assert parity.failures(parity.measure_dense(directory, tokens=24))
 
 
 def test_a_row_is_what_pytorch_computes():
@@ -216,27 +200,36 @@ def test_what_fails():
     assert parity.failures([infinite]) == [infinite]
 
 
-def test_what_the_reference_cannot_do_is_said(saved, monkeypatch):
-    directory, model = saved(sliding_window=5, layer_types=["sliding_attention"] * 4)
-    with pytest.raises(DuoError, match="the PyTorch reference knows no sliding_attention"):
-        parity.measure(directory, config_of(directory), tensors(model))
+def test_what_the_reference_cannot_do_is_compared_with_mlx_lms_own(saved):
+    window = {"layer_types": LAYER_TYPES, "sliding_window": 5}
+    directory, model = saved(**window)
+    reason = references.lacking(config_of(directory))
+    assert reason == "transformers' llama has no sliding_attention"
+    assert references.note(config_of(directory)).endswith(f"no other routes: {reason}")
+    assert agrees(parity.measure(directory, config_of(directory), tensors(model), tokens=24), ["big"])
+    wrong = spoiled(tensors(model), "model.layers.1.mlp.big.down_proj.weight")
+    assert parity.failures(parity.measure(directory, config_of(directory), wrong, tokens=24))
+
+
+def test_a_llama_that_slides_in_all_layers_is_a_mistral_there(saved):
+    directory, model = saved(**SLIDING)
+    assert references.note(config_of(directory)) == ""
+    assert agrees(parity.measure(directory, config_of(directory), tensors(model), tokens=24))
+
+
+def test_without_pytorch_nothing_is_verified(saved, monkeypatch):
     directory, model = saved()
-    config = config_of(directory) | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
-    with pytest.raises(DuoError, match="--verify: rope_scaling type 'yarn' is not in the reference"):
-        parity.measure(directory, config, tensors(model))
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    monkeypatch.delitem(__import__("sys").modules, "duo_mlx.convert.reference")
-    with pytest.raises(DuoError, match=r"--verify needs PyTorch: pip install 'duo-mlx\[torch\]'"):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(DuoError, match=r"--verify needs PyTorch and transformers: pip install 'duo-mlx\[torch\]'"):
         parity.measure(directory, config_of(directory), tensors(model))
 
 
 @pytest.mark.parametrize("what", ["convert", "quantise", "export"])
-def test_what_the_reference_lacks_is_refused_before_the_work(saved, monkeypatch, tmp_path, what):
-    window = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
-    directory, _ = saved(**window)
-    monkeypatch.setattr("duo_mlx.convert.directory.write_weights", lambda *_, **__: pytest.fail("it was written"))
-    monkeypatch.setattr("duo_mlx.convert.export.write_weights", lambda *_, **__: pytest.fail("it was written"))
-    options = {"convert": [], "quantise": ["--bits", "4"], "export": ["--to", "torch"]}[what]
-    arguments = ["convert", str(directory), str(tmp_path / "out"), "--verify", *options]
+def test_what_is_not_compared_is_said_in_a_note(saved, tmp_path, what):
+    directory, _ = saved(layer_types=LAYER_TYPES, sliding_window=8, **WIDE)
+    options = {"convert": [], "quantise": ["--bits", "4", "--group-size", "32"], "export": ["--to", "torch"]}[what]
+    names = ["--names", "canonical"] if what == "export" else []
+    arguments = ["convert", str(directory), str(tmp_path / "out"), "--verify", *options, *names]
     result = CliRunner().invoke(main, arguments, prog_name="duo-mlx")
-    assert result.exit_code == 2 and "--verify: the PyTorch reference knows no sliding_attention" in result.stderr
+    assert result.exit_code == 0, result.stderr
+    assert "compares all big with mlx-lm's own model, and no other routes: transformers' llama has no" in result.stderr

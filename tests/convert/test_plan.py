@@ -5,9 +5,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
 
-from duo_mlx.convert import keymaps, plan, settings
+from duo_mlx.convert import keymaps, plan
 from duo_mlx.convert.plan import Misfit, Row
 from duo_mlx.convert.tensors import Tensor
 from duo_mlx.errors import DuoError
@@ -35,16 +34,10 @@ def args(tiny_config):
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "skip_scope": "layer"},
     ],
 )
-def test_shapes_are_those_of_the_model_and_of_mlx_lms_llama(tiny_config, tiny_model, changes):
-    config = tiny_config(**changes)
+def test_shapes_are_those_of_the_model(tiny_model, changes):
     model = tiny_model(**changes)
     duo = {name: value.shape for name, value in tree_flatten(model.parameters())}
     assert plan.expected_shapes(model.config) == duo
-    dense = {key: value for key, value in config.items() if key != "small_intermediate_size"} | {"model_type": "llama"}
-    twin = {
-        name: value.shape for name, value in tree_flatten(llama.Model(llama.ModelArgs.from_dict(dense)).parameters())
-    }
-    assert plan.expected_shapes(settings.dense_args(dense), dense=True) == twin
 
 
 @pytest.mark.parametrize("changes", [{"small_layers": [0, 2]}, {"small_bias": True}, {"small_layers": []}])
@@ -52,20 +45,11 @@ def test_shapes_of_small_ffns_alone(tiny_model, changes):
     model = tiny_model(**changes)
     expected = plan.expected_shapes(model.config)
     assert expected == {name: value.shape for name, value in tree_flatten(model.parameters())}
-    dense = plan.expected_shapes(model.config, dense=True)
-    assert dense == plan.expected_shapes(tiny_model().args, dense=True)
-
-
-@pytest.mark.parametrize("changes", [{"head_dim": 4.0}, {"head_dim": -4}, {"num_key_value_heads": -2}])
-def test_a_head_that_is_no_positive_integer(tiny_config, changes):
-    args = ModelArgs.from_dict(tiny_config(**changes))
-    with pytest.raises(DuoError, match=f"config.json: {next(iter(changes))} is .*; it must be a positive integer"):
-        plan.expected_shapes(args)
 
 
 def test_settings_that_make_no_model(tiny_config):
     args = ModelArgs.from_dict(tiny_config(rope_scaling={"type": "linear"}))
-    with pytest.raises(DuoError, match="config.json: no model can be made of it: 'factor'"):
+    with pytest.raises(DuoError, match="config.json: no llama can be made of it: 'factor'"):
         plan.expected_shapes(args)
 
 
@@ -73,7 +57,8 @@ def test_what_is_dropped_is_what_the_model_drops(tiny_model):
     names = ("lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "model.norm.weight", "a.lm_head.weight")
     given = tensors(dict.fromkeys(names, (1,)))
     for tied in (True, False):
-        assert plan.kept(given, tied) == tiny_model(tie_word_embeddings=tied).sanitize(given)
+        wanted = tiny_model(tie_word_embeddings=tied).sanitize(dict.fromkeys(names, mx.ones(1)))
+        assert plan.kept(given, tied).keys() == wanted.keys()
 
 
 def test_rows_of_a_source_that_fits(args):

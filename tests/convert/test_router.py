@@ -18,7 +18,6 @@ from duo_mlx.convert.inspection import describe
 from duo_mlx.convert.readers import open_checkpoint
 from duo_mlx.convert.reference import DuoConfig, DuoModel
 from duo_mlx.convert.tensors import Tensor, to_mlx, to_torch
-from duo_mlx.errors import DuoError
 from duo_mlx.router import Recorder
 
 LAYERS, HIDDEN = 4, 16
@@ -97,7 +96,7 @@ def test_mlx_to_torch_to_mlx_is_bit_for_bit(saved, write_tokenizer, tmp_path, de
 @pytest.mark.parametrize("choices", ["sB", "-B", "-sB"])
 def test_an_exported_router_takes_the_same_routes_in_pytorch(saved, tmp_path, choices, skip_scope):
     directory, model = saved(router_choices=choices, skip_scope=skip_scope)
-    export(directory, tmp_path / "exported")
+    export(directory, tmp_path / "exported", names="canonical")
     reference = DuoModel(DuoConfig.from_file(tmp_path / "exported" / "config.json")).eval()
     found = open_checkpoint(tmp_path / "exported").tensors
     reference.load_state_dict({name: to_torch(tensor.load()) for name, tensor in found.items()})
@@ -112,7 +111,7 @@ def test_an_exported_router_takes_the_same_routes_in_pytorch(saved, tmp_path, ch
 def test_a_quantised_model_keeps_its_router_in_float(saved, tmp_path):
     directory, _ = saved(**WIDE, **ROUTED)
     convert(directory, tmp_path / "model", bits=Bits(4, 8, 32), verify=True)
-    export(tmp_path / "model", tmp_path / "exported", dequantise=True)
+    export(tmp_path / "model", tmp_path / "exported", dequantise=True, names="canonical")
     ours, exported = stored.weights(directory), open_checkpoint(tmp_path / "exported").tensors
     routers = [name for name in ours if ROUTER.fullmatch(name)]
     assert_same({name: exported[name] for name in routers}, {name: ours[name] for name in routers})
@@ -338,9 +337,3 @@ def test_choices_that_make_no_sense(made, tmp_path, options, line):
     directory, _ = made(router_choices="")
     said = refused(directory, tmp_path, *options)
     assert line.format(directory) in said and said.count("\n") == 1
-
-
-def test_gguf_has_no_name_for_a_router():
-    router = {"model.layers.0.mlp.router.weight": Tensor.of(mx.zeros((2, HIDDEN)))}
-    with pytest.raises(DuoError, match="mlp.router.weight: GGUF has no name for it; a Duo can be written as canonical"):
-        keymaps.named("gguf").from_canonical(router, {})

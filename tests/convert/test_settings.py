@@ -1,4 +1,4 @@
-"""Settings of dense sources against transformers: the same weights must give the same logits in llama's words."""
+"""Settings of dense sources against transformers: the same weights must give the same logits in mlx-lm's models."""
 
 from pathlib import Path
 
@@ -15,12 +15,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from duo_mlx.config import Config
+from duo_mlx.convert import dense
 from duo_mlx.convert import settings as source_settings
-from duo_mlx.convert.plan import expected_shapes, kept, misfits
-from duo_mlx.convert.settings import settle_head, with_output_biases
-from duo_mlx.convert.tensors import Tensor, to_mlx
+from duo_mlx.convert.packing import quantization
+from duo_mlx.convert.rope_settings import ROPE_TYPES
+from duo_mlx.convert.settings import settle_head
+from duo_mlx.convert.source import open_source
+from duo_mlx.convert.tensors import Tensor
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Model
 
 SOURCE = Path("source")
 SIZES = {
@@ -41,11 +44,11 @@ FAMILIES = {
 
 
 def settings(**config):
-    return source_settings.settings(config, SOURCE)
+    return source_settings.settings(SIZES | config, SOURCE)
 
 
-def assert_logits_agree(family, tokens=24, **changes):
-    """Run the family in transformers, and its settings and weights as a Duo's big FFNs."""
+def assert_logits_agree(directory, family, tokens=24, **changes):
+    """Run the family in transformers, and what its directory is opened as; return the configuration."""
     kind, architecture = FAMILIES[family]
     torch.manual_seed(0)
     theirs = architecture(kind(**SIZES | changes, initializer_range=0.3, attn_implementation="eager")).eval()
@@ -53,17 +56,11 @@ def assert_logits_agree(family, tokens=24, **changes):
         for name, value in theirs.named_parameters():
             if name.endswith("bias"):
                 value.normal_()
-    config = theirs.config.to_dict()
-    found = source_settings.settings(config, SOURCE)
-    tensors = {name: Tensor.of(to_mlx(value)) for name, value in theirs.state_dict().items()}
-    tensors = with_output_biases(config, SOURCE, tensors)
-    found = settle_head(found, tensors, SOURCE)
-    assert found["model_type"] == "llama" and found["tie_word_embeddings"] is changes.get("tie_word_embeddings", False)
-    args = source_settings.dense_args(found)
-    tensors = kept(tensors, args.tie_word_embeddings)
-    assert misfits(tensors, expected_shapes(args, dense=True)) == []
-    model = Model(args)
-    model.load_weights([(n.replace(".mlp.", ".mlp.big."), t.load()) for n, t in tensors.items()], strict=False)
+    theirs.save_pretrained(directory)
+    found = open_source(directory, graft=True)
+    found.check()
+    assert found.config["tie_word_embeddings"] is changes.get("tie_word_embeddings", False)
+    model = dense.host(found.tensors, found.config)
     inputs = np.random.default_rng(0).integers(0, 32, (2, tokens))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(inputs)).logits.numpy()
@@ -90,15 +87,14 @@ ROPE = {
 
 
 @pytest.mark.parametrize("case", ROPE)
-def test_rope_scalings_are_those_of_transformers(case):
+def test_rope_scalings_are_those_of_transformers(tmp_path, case):
     parameters = {"rope_type": case.split()[0], "rope_theta": 500.0} | ROPE[case]
-    found = assert_logits_agree("llama", rope_parameters=parameters)
-    assert found["rope_theta"] == 500 and "rope_parameters" not in found
-    assert ("rope_scaling" in found) == (case != "default")
+    found = assert_logits_agree(tmp_path, "llama", rope_parameters=parameters).config
+    assert found["rope_theta"] == 500 and ("rope_scaling" in found) == (case != "default")
 
 
 def test_every_rope_scaling_that_is_accepted_is_compared():
-    assert {case.split()[0] for case in ROPE} == set(source_settings.ROPE_TYPES)
+    assert {case.split()[0] for case in ROPE} == set(ROPE_TYPES)
 
 
 @pytest.mark.parametrize(
@@ -109,57 +105,59 @@ def test_every_rope_scaling_that_is_accepted_is_compared():
         ("mistral", {"sliding_window": 5}),
         ("mistral", {"sliding_window": None, "head_dim": 8}),
         ("qwen2", {}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
         ("qwen2", {"tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": 5}),
     ],
 )
-def test_families_give_their_logits(family, changes):
-    found = assert_logits_agree(family, **changes)
-    slides = [kind == "sliding_attention" for kind in found.get("layer_types", ["full_attention"] * 3)]
-    expected = {("mistral", 5): [True] * 3, ("qwen2", 5): [False, True, True]}
-    window = None if changes.get("use_sliding_window") is False else changes.get("sliding_window")
-    assert slides == expected.get((family, window), [False] * 3)
+def test_families_give_their_logits(tmp_path, family, changes):
+    found = assert_logits_agree(tmp_path, family, **changes)
+    slides = [kind == "sliding_attention" for kind in Config.from_dict(found.config).layer_types]
+    assert slides == [family == "mistral" and changes["sliding_window"] is not None] * 3 and found.notes == ()
 
 
-def test_keys_of_older_transformers_mean_the_same():
-    new = settings(**SIZES, model_type="llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 7})
-    old = settings(**SIZES, model_type="llama", rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=7)
-    assert (
-        new
-        == old
-        == SIZES
-        | {
-            "model_type": "llama",
-            "rope_theta": 7,
-            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
-        }
+def test_a_window_that_mlx_lm_does_not_see_is_said(tmp_path):
+    changes = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    found = assert_logits_agree(tmp_path, "qwen2", tokens=5, **changes)
+    assert found.notes == (
+        "mlx-lm's qwen2 sees whole texts, so beyond 5 tokens it differs from transformers', which slides",
     )
 
 
+def test_keys_of_older_transformers_mean_the_same():
+    new = settings(model_type="llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 7})
+    old = settings(model_type="llama", rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=7)
+    for found in (new, old):
+        assert (found["rope_theta"], found["rope_scaling"]) == (7, {"rope_type": "linear", "factor": 2.0})
+
+
 @pytest.mark.parametrize(
-    ("given", "kind", "duo"),
+    ("given", "base", "duo"),
     [
         ({}, "llama", False),
-        ({"architectures": ["MistralForCausalLM"]}, "llama", False),
-        ({"model_type": "qwen2"}, "llama", False),
-        ({"model_type": "duo"}, "duo", True),
-        ({"small_intermediate_size": 2}, "duo", True),
-        ({"model_type": "qwen2", "small_intermediate_size": 2}, "duo", True),
+        ({"architectures": ["MistralForCausalLM"]}, "mistral", False),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4}, "qwen3_moe", False),
+        ({"model_type": "qwen2"}, "qwen2", False),
+        ({"model_type": "duo"}, "llama", True),
+        ({"model_type": "duo", "base_model_type": "gemma2"}, "gemma2", True),
+        ({"small_intermediate_size": 2}, "llama", True),
+        ({"model_type": "qwen2", "small_intermediate_size": 2}, "qwen2", True),
     ],
 )
-def test_duo_or_dense(given, kind, duo):
-    assert settings(**SIZES | given)["model_type"] == kind
-    assert source_settings.is_duo(given) is duo
+def test_duo_or_dense(given, base, duo):
+    found = settings(**given)
+    assert (found["model_type"], found["base_model_type"]) == ("duo", base)
+    assert source_settings.is_duo(given) is duo and ("small_layers" in found) is not duo
 
 
 def test_a_duo_keeps_its_settings(tiny_config):
     scaling = {"rope_type": "llama3", "factor": 2.0}  # of no original length: mlx-lm's and the reference's own default
     config = tiny_config(rope_scaling=scaling, skip_scope="layer", sliding_window=3, eos_token_id=1, rope_theta=5.0)
-    assert settings(**config) == config
+    assert source_settings.settings(config, SOURCE) == config | {"base_model_type": "llama"}
 
 
 def test_a_mistral_that_leaves_out_its_class_defaults():
-    found = settings(**{key: value for key, value in SIZES.items() if "key_value" not in key}, model_type="mistral")
+    found = source_settings.settings(
+        {key: value for key, value in SIZES.items() if "key_value" not in key} | {"model_type": "mistral"}, SOURCE
+    )
     assert (found["sliding_window"], found["num_key_value_heads"]) == (MistralConfig().sliding_window, 8)
 
 
@@ -171,19 +169,30 @@ def test_types_are_named_alike():
 
 
 def test_quantised_by_mlx_is_recognised():
-    config = {"quantization": {"bits": 4, "group_size": 64}, "quantization_config": {"bits": 4, "group_size": 64}}
-    assert source_settings.is_quantised(settings(**config)) and not source_settings.is_quantised({})
+    said = {"bits": 4, "group_size": 64}
+    assert settings(quantization=said, quantization_config=said)["quantization"] == said
+    assert quantization({}) is None
+    packed = settings(quantization_config={"quant_method": "mxfp4"})
+    assert packed["quantization"] == {"bits": 4, "group_size": 32, "mode": "mxfp4"}
 
 
 REFUSED = {
-    "architecture": ({"model_type": "qwen3"}, "the architecture 'qwen3' is not supported; known are duo, llama, mist"),
-    "class": ({"architectures": ["GemmaForCausalLM"]}, "the architecture 'GemmaForCausalLM' is not supported"),
-    "activation": ({"hidden_act": "gelu"}, "config.json says hidden_act 'gelu'; silu is supported"),
-    "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5; RoPE turns whole heads"),
-    "partial 5": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor; RoPE turns whole"),
-    "norms": ({"use_qk_norm": True}, "use_qk_norm True; there are no norms on q and k"),
-    "experts": ({"num_local_experts": 8}, "num_local_experts 8; a mixture of experts"),
-    "a Duo's activation": ({"model_type": "duo", "hidden_act": "relu"}, "hidden_act 'relu'"),
+    "architecture": ({"model_type": "bert"}, "the installed mlx-lm has no architecture 'bert'"),
+    "class": ({"architectures": ["OtherForCausalLM"]}, "the installed mlx-lm has no architecture 'other'"),
+    "code": ({"model_type": "llama", "model_file": "own.py"}, "config.json has a model_file, which is code of its own"),
+    "activation": ({"hidden_act": "gelu"}, "config.json says hidden_act 'gelu'; mlx-lm's llama does not read"),
+    "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5; mlx-lm's llama does not read"),
+    "partial 5": (
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        "partial_rotary_factor; RoPE of mlx-lm's llama turns whole heads",
+    ),
+    "norms": ({"use_qk_norm": True}, "use_qk_norm True; mlx-lm's llama does not read"),
+    "experts": ({"num_local_experts": 8}, "num_local_experts; mlx-lm's llama has no experts"),
+    "a Duo's activation": (
+        {"model_type": "duo", "hidden_act": "relu"},
+        "hidden_act 'relu'; mlx-lm's llama does not read",
+    ),
+    "caps": ({"model_type": "llama", "final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0; mlx-lm"),
     "rope": ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "type 'longrope'; supported are default, linear"),
     "rope text": ({"rope_scaling": "linear"}, "rope_scaling 'linear'; it must be an object or null"),
     "rope twice": ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, "two types, linear and yarn"),
@@ -193,20 +202,22 @@ REFUSED = {
     ),
     "rope by layer": ({"rope_parameters": {"full_attention": {"rope_theta": 5}}}, "rope_parameters for full_attention"),
     "rope factor": ({"rope_scaling": {"type": "linear"}}, "RoPE of type linear needs a factor"),
-    "rope length": ({"rope_scaling": {"type": "yarn", "factor": 2}}, "yarn needs original_max_position_embeddings"),
-    "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "dynamic needs max_position_embeddings"),
+    "rope length": (
+        {"rope_scaling": {"type": "yarn", "factor": 2}, "max_position_embeddings": None},
+        "yarn needs original_max_position_embeddings",
+    ),
+    "dynamic": (
+        {"rope_scaling": {"type": "dynamic", "factor": 2}, "max_position_embeddings": None},
+        "dynamic needs max_position_embeddings",
+    ),
     "yarn": (
         {"rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": 1.5}, "max_position_embeddings": 8},
         "attention_factor for RoPE of type yarn, which is not supported",
     ),
     "rope type": ({"rope_scaling": {"type": 5}}, "RoPE of type '5'; supported are"),
     "window": ({"model_type": "mistral", "sliding_window": "5", "num_hidden_layers": 2}, "sliding_window '5'; it must"),
-    "layers": ({"model_type": "mistral"}, "num_hidden_layers None; it must be a positive integer"),
-    "windows": (
-        {"model_type": "qwen2", "use_sliding_window": True, "num_hidden_layers": 2, "max_window_layers": None},
-        "max_window_layers None; it must be a positive integer",
-    ),
-    "classes": ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
+    "layers": ({"model_type": "mistral", "num_hidden_layers": None}, "num_hidden_layers None; it must be a positive"),
+    "classes": ({"architectures": [["LlamaForCausalLM"]]}, "architectures must be a list of names"),
     "gptq": ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised .gptq.; convert the model"),
     "awq": ({"model_type": "duo", "quantization_config": {"quant_method": "awq"}}, "quantised .awq."),
     "quantised": ({"quantization_config": 4}, "quantised .by an unknown method."),
@@ -261,13 +272,3 @@ def test_heads_of_different_shape_or_said_untied_are_not_loaded():
     assert settle_head({}, tensors, SOURCE)["tie_word_embeddings"] is False
     tensors["lm_head.weight"] = tensors[EMBEDDING]
     assert settle_head({"tie_word_embeddings": False}, tensors, SOURCE)["tie_word_embeddings"] is False
-
-
-def test_only_qwen2_gets_output_biases():
-    weight = "model.layers.0.self_attn.o_proj.weight"
-    given = {weight: Tensor.of(mx.ones((3, 6), mx.bfloat16)), "lm_head.weight": Tensor.of(mx.ones(1))}
-    assert with_output_biases({"model_type": "llama"}, SOURCE, given) == given
-    found = with_output_biases({"model_type": "qwen2"}, SOURCE, given)
-    bias = found.pop(weight.replace("weight", "bias"))
-    assert found == given and (bias.shape, bias.dtype) == ((3,), "bfloat16")
-    assert bias.load().dtype == mx.bfloat16 and bias.load().tolist() == [0, 0, 0]

@@ -19,7 +19,17 @@ from duo_mlx.study.losses import token_losses
 
 TOKENS = 7
 IDS = np.random.default_rng(0).integers(0, 32, TOKENS + 1)
-LIMITS = ("none", "2", "at-most:1", "bytes:0.6", "3..1")
+BASES = {  # by the form of their blocks
+    "llama": {},  # a norm before each branch
+    "gemma2": {"base_model_type": "gemma2", "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 64},  # 4 norms
+    "phi": {  # attention beside the FFN
+        "base_model_type": "phi",
+        "num_key_value_heads": 4,
+        "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+    },
+}
+LIMITS = ("none", "2", "at-most:1", "bytes:0.8", "3..1")
 
 
 @pytest.fixture
@@ -39,13 +49,14 @@ def losses_of(model, pattern):
 
 
 @pytest.mark.parametrize("rows", [3, 64])
-def test_each_token_gets_the_best_of_what_it_may_have(asked, rows):
-    model, space, limits = asked()
+@pytest.mark.parametrize("base", BASES)
+def test_each_token_gets_the_best_of_what_it_may_have(asked, base, rows):
+    model, space, limits = asked(**BASES[base])
     half = np.arange(len(space.patterns)) % 2 == 0
     allowed = oracle.allowed_by(limits, space, TOKENS) | {"every second": half[:, None]}
     best, means, work = oracle.shared(model, IDS[:-1], IDS[1:], space, allowed, rows)
     table = np.array([losses_of(model, pattern) for pattern in space.patterns])
-    assert best.keys() == allowed.keys() and work.head == 81
+    assert best.keys() == allowed.keys() and (work.attention, work.head) == (1 + 3 + 9 + 27, 81)
     for name, may in allowed.items():
         may, found = np.broadcast_to(may, table.shape), best[name]
         np.testing.assert_allclose(found.loss, np.where(may, table, np.inf).min(axis=0), rtol=0, atol=1e-5)
@@ -63,8 +74,9 @@ def test_each_token_gets_the_best_of_what_it_may_have(asked, rows):
 
 
 @pytest.mark.parametrize("spec", LIMITS)
-def test_committed_is_greedy_and_what_it_finds_can_be_replayed(asked, spec):
-    model, space, limits = asked()
+@pytest.mark.parametrize("base", BASES)
+def test_committed_is_greedy_and_what_it_finds_can_be_replayed(asked, base, spec):
+    model, space, limits = asked(**BASES[base])
     limit = limits[LIMITS.index(spec)]
 
     def choose(cache, place):

@@ -223,6 +223,21 @@ def test_progress_goes_up_to_one(found):
     assert len(told) == LAYERS + len(measured.patterns) - 1
 
 
+def test_a_longer_text_is_searched_and_measured_in_two_parts(found):
+    model, *_ = found(2)
+    windows = windows_of(model, 5, count=5, length=140)
+    told = []
+    measured = measure(model, windows, told.append)
+    big = loss_of(model, windows[:2], [Route.BIG] * LAYERS)
+    assert measured.loss == pytest.approx(big, abs=TOLERANCE)
+    assert measured.skip[1] == pytest.approx(loss_of(model, windows[:2], [2, 0, 2, 2]), abs=TOLERANCE)
+    for known in measured.patterns:
+        expected = loss_of(model, windows[2:], parse_pattern(known["pattern"], LAYERS))
+        assert known["loss"] == pytest.approx(expected, abs=TOLERANCE)
+    assert measured.tokens == 5 * 140
+    assert told == sorted(told) and told[-1] == pytest.approx(1)
+
+
 # --- layers that work together -----------------------------------------------------------------------------------
 
 

@@ -11,6 +11,16 @@ from duo_mlx.study.oracle import Space
 
 LAYERS, TOKENS = 4, 9
 IDS = np.random.default_rng(0).integers(0, 32, TOKENS + 1)
+BASES = {  # by the form of their blocks
+    "llama": {},  # a norm before each branch
+    "gemma2": {"base_model_type": "gemma2", "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 64},  # 4 norms
+    "phi": {  # attention beside the FFN
+        "base_model_type": "phi",
+        "num_key_value_heads": 4,
+        "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+    },
+}
 CHOICES = {"sB": (Route.SMALL, Route.BIG), "-B": (Route.SKIP, Route.BIG), "-sB": tuple(Route)}
 
 
@@ -37,8 +47,19 @@ def test_losses_are_those_of_plain_passes(tiny_model, choices, scope, rows):
 
 
 @pytest.mark.parametrize("choices", CHOICES)
-def test_what_patterns_share_is_computed_once(tiny_model, choices):
-    model, count = tiny_model(), len(CHOICES[choices])
+@pytest.mark.parametrize("base", BASES)
+def test_bases_of_other_forms_have_the_losses_of_plain_passes(tiny_model, base, choices):
+    model = tiny_model(**BASES[base])
+    walk = tree.Text(model, IDS[:-1], IDS[1:], tree.layer_options(model, CHOICES[choices]), 5)
+    patterns, losses = (np.concatenate(each) for each in zip(*walk.losses(), strict=True))
+    assert len(patterns) == len(CHOICES[choices]) ** LAYERS
+    np.testing.assert_allclose(losses, by_passes(model, patterns), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+@pytest.mark.parametrize("base", BASES)
+def test_what_patterns_share_is_computed_once(tiny_model, base, choices):
+    model, count = tiny_model(**BASES[base]), len(CHOICES[choices])
     walk = tree.Text(model, IDS[:-1], IDS[1:], tree.layer_options(model, CHOICES[choices]))
     for _ in walk.losses():
         pass
