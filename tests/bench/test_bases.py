@@ -105,7 +105,8 @@ def test_attention_is_a_block_without_its_ffn(base):
     assert seen == [model.ffns[0]]
 
 
-def test_the_doctor_says_what_an_ffn_takes_that_the_kernels_do_not_know(saved, emulated):
+@pytest.mark.usefixtures("emulated")
+def test_the_doctor_says_what_an_ffn_takes_that_the_kernels_do_not_know(saved):
     _, model = saved(**SHAPE | BASES["olmoe"])
     [case] = [case for case, _ in of_model(model)]
     assert case.shape == "16/OlmoeSparseMoeBlock/8" and case.weights == "unknown/float"
