@@ -1,4 +1,4 @@
-"""What a longer context costs: milliseconds of a decoding step by the positions in the cache, beside mlx-lm's llama.
+"""What a longer context costs: milliseconds of a decoding step by the positions in the cache, beside mlx-lm's.
 
     python -m duo_mlx.bench.context --out context.json
 
@@ -143,7 +143,7 @@ def command(
             f"python -m duo_mlx.bench.context {of} {arguments} --seed {seed} --clock {clock}",
             before,
             timings.runs,
-            shape=vars(model.config),
+            shape=model.config.to_dict(),
             steps_a_run=tokens + 1,
             summary=result,
         )

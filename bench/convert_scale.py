@@ -22,15 +22,15 @@ from typing import Any
 import click
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models
 
 from duo_mlx import shards
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.system import system_record
-from duo_mlx.convert.plan import expected_shapes
 from duo_mlx.errors import DuoError
-from duo_mlx.model import Config
+from duo_mlx.model import Config, Model
 
 WIDTHS = (2048, 1024, 512, 256)  # of the model; the widest that gives LAYERS is taken
 LAYERS = 8
@@ -71,7 +71,8 @@ def shape(size: int) -> dict[str, Any]:
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return expected_shapes(Config.from_dict(config))
+    parameters: Any = tree_flatten(Model(Config.from_dict(config)).parameters())  # of which none is computed
+    return {name: array.shape for name, array in parameters}
 
 
 def make(directory: Path, config: dict[str, Any], dtype: str, shard: int, seed: int) -> int:

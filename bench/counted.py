@@ -30,13 +30,12 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
-from duo_mlx import checkpoint, cpu
+from duo_mlx import checkpoint
 from duo_mlx.bench.oracle import first_layers
 from duo_mlx.bench.peer import filled_cache, whole_products
-from duo_mlx.cpu.llama import Attention
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Config, Model
-from duo_mlx.open_layers import OpenLayers
+from duo_mlx.open_layers import can_open
 from duo_mlx.processes import Processes
 from duo_mlx.routes import Route, Routes
 from duo_mlx.study import oracle, search
@@ -62,8 +61,7 @@ def model_of(config: dict[str, Any]) -> Model:
     """A model of these sizes with random weights."""
     mx.random.seed(0)
     model = Model(Config.from_dict(config))
-    mx.eval(model.parameters(), model(mx.array([[0]])))  # the pass also settles rotary tables
-    cpu.quicken(model)
+    mx.eval(model.parameters())
     return model
 
 
@@ -317,7 +315,10 @@ def committed(model: Model, big: int) -> Work:
 @contextmanager
 def evaluations(model: Model, tokens: int) -> Iterator[Work]:
     """How often modules are evaluated on so many tokens, by the rows that go in; of an FFN, into its last product."""
-    kinds = {id(layer.self_attn): "attention" for layer in model.layers}
+    can_open(model)  # its trial is no evaluation of these
+    own: Any = type(model.layers[0].self_attn)
+    kinds = {id(model.table): "head"}
+    kinds |= {id(layer.self_attn): "attention" for layer in model.layers}
     kinds |= {id(module.down_proj): "ffn" for ffn in model.ffns for module in (ffn.big, ffn.small)}
     work = Work()
 
@@ -329,14 +330,8 @@ def evaluations(model: Model, tokens: int) -> Iterator[Work]:
 
         return call
 
-    logits = OpenLayers.logits
-
-    def counted_head(layers: OpenLayers, h: mx.array) -> mx.array:
-        work.head += h.size // h.shape[-1] // tokens
-        return logits(layers, h)
-
-    attention = patch.object(Attention, "__call__", counted(Attention.__call__))
+    attention = patch.object(own, "__call__", counted(own.__call__))
     linear = patch.object(nn.Linear, "__call__", counted(nn.Linear.__call__))
-    head = patch.object(OpenLayers, "logits", counted_head)
+    head = patch.object(nn.Embedding, "as_linear", counted(nn.Embedding.as_linear))
     with attention, linear, head, whole_products():  # or some would pass `linear` by
         yield work

@@ -1,12 +1,12 @@
-"""Decoding beside mlx-lm's llama, and how much of what routes leave unread shows as time.
+"""Decoding beside mlx-lm's own model, and how much of what routes leave unread shows as time.
 
     python -m duo_mlx.bench.decode --out decode.json
 
-Interleaved rounds, each a run of decoded tokens through mlx-lm's own loop: mlx-lm's llama on the Duo's big weights, the
+Interleaved rounds, each a run of decoded tokens through mlx-lm's own loop: mlx-lm's model on the Duo's big weights, the
 Duo by uniform patterns that the host knows, and by a router against the very routes that it took, given as a plan.
 Beside the times stand what they should follow: the primitives in a step's graph and the bytes that it touches. The
-same llama is timed twice: how far the two are apart is what the machine cannot tell. A prefill of all-big is timed
-against llama's in rounds of its own.
+same model is timed twice: how far the two are apart is what the machine cannot tell. A prefill of all-big is timed
+against mlx-lm's in rounds of its own.
 
 Without --model the weights are random: SmolLM2-135M's shape, a small FFN 16 times narrower, routers over skip, small
 and big. What a trained router decides on the tokens here, which no one wrote, means nothing; what it costs does.
@@ -159,7 +159,7 @@ def command(
     out: Path | None,
     force: bool,
 ) -> None:
-    """Time decoding by uniform patterns and by a router against mlx-lm's llama on the same weights."""
+    """Time decoding by uniform patterns and by a router against mlx-lm's own model on the same weights."""
     if out:
         check_output(out, force)
     model = open_model(directory, layers, seed)
@@ -210,7 +210,7 @@ def command(
             f"python -m duo_mlx.bench.decode {of} {arguments}",
             before,
             runs,
-            shape=vars(model.config),
+            shape=model.config.to_dict(),
             steps_a_run=tokens + 1,
             routes_of_router=mix,
             summary=result,

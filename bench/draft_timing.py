@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 
+from duo_mlx import cost
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.drafting import LONGEST
 from duo_mlx.errors import DuoError
@@ -37,10 +38,9 @@ def check_room(model: Model, tokens: int) -> None:
     Raises:
         DuoError: the model's context is too short, or its window, from which nothing is taken back once it is full.
     """
-    slides = "sliding_attention" in model.config.layer_types
     limits = {
         "context": model.config.max_position_embeddings,
-        "window": model.config.sliding_window if slides else None,
+        "window": min(filter(None, cost.windows(model)), default=None),
     }
     for name, limit in limits.items():
         if limit is not None and PROMPT + max(tokens, LONGEST + 1) > limit:

@@ -15,8 +15,8 @@ import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes
 
 # isort: split
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from numpy.typing import NDArray
 
@@ -142,7 +142,7 @@ def routed(
     )
 
 
-def stock(model: llama.Model, context: Ids, batch: int, clock: Callable[[], float] = time.perf_counter) -> Generator:
+def stock(model: nn.Module, context: Ids, batch: int, clock: Callable[[], float] = time.perf_counter) -> Generator:
     """Generation by one of mlx-lm's models."""
     return Generator(lambda *_: model, make_prompt_cache(model), context, batch, clock)
 

@@ -79,7 +79,7 @@ class Grid:
 
         Args:
             stored: the name of the quantisation as the model is stored.
-            peer: whether mlx-lm's llama is measured in each group.
+            peer: whether mlx-lm's own model is measured in each group.
         """
         found = []
         quantisations = dict.fromkeys(quantisation(bits, stored) for bits in self.bits)
@@ -104,12 +104,12 @@ def quantisation(bits: int, stored: str) -> str:
     return f"{bits}-bit" if bits else stored
 
 
-def preset(name: str, args: Config) -> Grid:
-    """``quick``, ``paper`` or ``full`` for a model of this shape."""
-    return {"quick": _quick, "paper": _paper, "full": _full}[name](args)
+def preset(name: str, args: Config, window: int | None = None) -> Grid:
+    """``quick``, ``paper`` or ``full`` for a model of this shape, whose attention sees ``window`` positions at most."""
+    return {"quick": _quick, "paper": _paper, "full": _full}[name](args, window)
 
 
-def _quick(args: Config) -> Grid:
+def _quick(args: Config, _: int | None) -> Grid:
     routes = ("big", f"big@{_half(args)}", "small", *(["router"] if args.router_choices else []))
     return Grid(routes)
 
@@ -118,7 +118,7 @@ def _half(args: Config) -> str:
     return ",".join(str(layer) for layer in range(0, args.num_hidden_layers, 2))
 
 
-def _paper(args: Config) -> Grid:
+def _paper(args: Config, window: int | None) -> Grid:
     """k big layers from all to none, mixes with skip, the model's own budgets, router and draft, depth of context."""
     layers = args.num_hidden_layers
     counts = sorted({round(step * layers / min(layers, STEPS)) for step in range(min(layers, STEPS) + 1)}, reverse=True)
@@ -128,7 +128,7 @@ def _paper(args: Config) -> Grid:
     random = ["random:0.5,0.5,0", "random:0.5,0.25,0.25"]
     routes = dict.fromkeys(["big", *between, "small", "skip", *turns, *known, *random, *_by_router(args)])
     drafts = (args.default_draft,) if args.default_draft else ()
-    return Grid(tuple(routes), contexts=(0, *_depths(args, PROMPT + GENERATED)), drafts=drafts)
+    return Grid(tuple(routes), contexts=(0, *_depths(args, window, PROMPT + GENERATED)), drafts=drafts)
 
 
 def _by_router(args: Config) -> list[str]:
@@ -139,16 +139,16 @@ def _by_router(args: Config) -> list[str]:
     return ["router", *(f"{PREFIX}{share:g}" for share in SHARES if reach and reach[0] <= share <= reach[-1])]
 
 
-def _full(args: Config) -> Grid:
+def _full(args: Config, window: int | None) -> Grid:
     """The paper's, quantised too, with longer prompts, batches, and ``dense``, which computes what routes leave out."""
-    prompts = (PROMPT, LONG) if _room(args) >= LONG + GENERATED else (PROMPT,)
+    prompts = (PROMPT, LONG) if _room(args, window) >= LONG + GENERATED else (PROMPT,)
     return replace(
-        _paper(args),
+        _paper(args, window),
         strategies=("auto", "dense"),
         bits=(STORED, 8, 4),
         prompts=prompts,
         batches=(1, 4),
-        contexts=(0, *_depths(args, max(prompts) + GENERATED)),
+        contexts=(0, *_depths(args, window, max(prompts) + GENERATED)),
     )
 
 
@@ -162,14 +162,13 @@ def _cheapest(args: Config) -> float:
     return min((pattern.tolist().count(Route.BIG) for pattern in known), default=math.inf)
 
 
-def _depths(args: Config, needed: int) -> list[int]:
-    return [context for context in CONTEXTS if context + needed <= _room(args)]
+def _depths(args: Config, window: int | None, needed: int) -> list[int]:
+    return [context for context in CONTEXTS if context + needed <= _room(args, window)]
 
 
-def _room(args: Config) -> float:
+def _room(args: Config, window: int | None) -> float:
     """Positions that a cell may need; infinity where nothing limits them."""
-    sliding = args.sliding_window if "sliding_attention" in args.layer_types else None
-    return min(args.max_position_embeddings or math.inf, sliding or math.inf)
+    return min(args.max_position_embeddings or math.inf, window or math.inf)
 
 
 def check_drafts(grid: Grid) -> None:
@@ -187,7 +186,7 @@ def check_drafts(grid: Grid) -> None:
         raise DuoError(f"--speculate {grid.drafts[0]}: {why}")
 
 
-def check(groups: Sequence[Sequence[Cell]], args: Config) -> None:
+def check(groups: Sequence[Sequence[Cell]], args: Config, window: int | None = None) -> None:
     """Refuse cells that the model has no room for, or that cannot be measured.
 
     Raises:
@@ -200,8 +199,8 @@ def check(groups: Sequence[Sequence[Cell]], args: Config) -> None:
                 f"--prompt-tokens {cell.prompt_tokens} with {cell.context} tokens of context before it and "
                 f"{cell.generated_tokens} to generate is {cell.positions} positions; the model has {limit}"
             )
-        if "sliding_attention" in args.layer_types and cell.positions > (args.sliding_window or 0):
+        if window and cell.positions > window:
             raise DuoError(
-                f"a cell of {cell.positions} positions: this model's attention slides over {args.sliding_window}, and "
+                f"a cell of {cell.positions} positions: this model's attention slides over {window}, and "
                 "a cache that has slid cannot be taken back to be measured again; ask for less"
             )

@@ -35,22 +35,19 @@ def _heads(args: Config) -> tuple[int, int]:
     return args.num_attention_heads * head_dim, args.num_key_value_heads * head_dim
 
 
-def decoding(args: Config, pattern: Routes, context: int, rotated: bool = False) -> Decoding:
+def decoding(args: Config, pattern: Routes, context: int) -> Decoding:
     """One token by a pattern ``[layers]`` that attends to ``context`` positions, float32, one table for both ends.
 
     Args:
         args: sizes; skip bypasses the FFN.
         pattern: routes.
         context: positions, the token's own among them.
-        rotated: on a CPU queries and keys of a single token are rotated by a product.
     """
     hidden, layers = args.hidden_size, args.num_hidden_layers
-    queries, keys = _heads(args)
+    _, keys = _heads(args)
     norms = layers + int((pattern != Route.SKIP).sum()) + 1
     floats = int(cost.layer_parameters(args).of(pattern)) + hidden * (args.vocab_size + 1 + norms)
-    rotation = 2 * layers * (queries + keys) * queries // args.num_attention_heads
-    flops = int(cost.flops(args, context).of(pattern)) + rotated * rotation
-    return Decoding(FLOAT * floats, flops, FLOAT * layers * 2 * keys * context)
+    return Decoding(FLOAT * floats, int(cost.flops(args, context).of(pattern)), FLOAT * layers * 2 * keys * context)
 
 
 def learned(args: Config, small_only: bool) -> int:

@@ -33,11 +33,12 @@ from mlx_lm.generate import generate_step
 
 from duo_mlx import checkpoint
 from duo_mlx.bench import options
-from duo_mlx.bench.peer import open_model, primitives
+from duo_mlx.bench.peer import open_model
 from duo_mlx.bench.prefill import SHAPE
 from duo_mlx.bench.record import check_output, run, write_output
 from duo_mlx.bench.system import system_record
 from duo_mlx.errors import DuoError
+from duo_mlx.hosting import primitives
 from duo_mlx.policies import parse_route
 from duo_mlx.routed import RoutedModel
 
@@ -72,7 +73,7 @@ def measure(directory: Path, route: str, lazy: bool, prompt: int, tokens: int) -
         pass
     mx.synchronize()
     weights = checkpoint.parameters(model)
-    read = {name: array for name, array in weights.items() if primitives(array) == 0}
+    read = {name: array for name, array in weights.items() if not primitives(array)}
     used = sum(array.nbytes for array in read.values())
     held = sum(array.nbytes for layer in cache for array in (layer.keys, layer.values))
     return {

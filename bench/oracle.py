@@ -36,6 +36,7 @@ from duo_mlx.bench.peer import spread
 from duo_mlx.bench.prefill import CLOCKS
 from duo_mlx.bench.record import check_output, run, write_output
 from duo_mlx.bench.system import system_record
+from duo_mlx.config import LAYERS
 from duo_mlx.device import on_cpu
 from duo_mlx.model import Model
 from duo_mlx.routes import Route
@@ -59,7 +60,9 @@ def first_layers(model: Model, count: int) -> Model:
     config = model.config
     if count == config.num_hidden_layers:
         return model
-    base = dict(config.base) | {"num_hidden_layers": count, "layer_types": list(config.layer_types[:count])}
+    base = config.base | {name: count for name in LAYERS if name in config.base}
+    if "layer_types" in base:
+        base["layer_types"] = base["layer_types"][:count]
     cut = Model(replace(config, base=base, best_patterns=(), default_draft=""))
     weights: Any = dict(tree_flatten(model.parameters()))
     kept: Any = dict(tree_flatten(cut.parameters()))

@@ -4,15 +4,16 @@
 
 Each part's own graph, over all layers and on the model's real shapes and weights, is timed in the same interleaved
 rounds as whole steps: once as it is built and dropped, once as it is built and evaluated; the difference is what
-running it takes. The layers' parts follow each other, as they do in a step, by `mx.depends` in place of their
-residuals. What a whole step takes beyond its parts' runs is the rest: residuals, and what parts cost only together.
+running it takes. ``attention`` is everything in a block except its FFN: norms and residuals, too. The FFNs of the
+layers follow each other, as they do in a step, by `mx.depends`. What a whole step takes beyond its parts' runs is the
+rest: the last norm, and what parts cost only together.
 While `generate_step` decodes, the host builds a step as the device runs the one before; what that hides, or what it
 costs, shows between a whole step and one of ``decoding``. A router that the host reads runs while its graph is built,
 so it stands under graph.
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +24,31 @@ import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes
 # isort: split
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import can_trim_prompt_cache
 
+from duo_mlx import cost
 from duo_mlx.bench import options
 from duo_mlx.bench.interleave import Timings, interleave
 from duo_mlx.bench.peer import PATTERNS, Decoder, base_twin, check_context, decoders, open_model
 from duo_mlx.bench.prefill import CLOCKS
 from duo_mlx.bench.record import check_output, run, write_runs
 from duo_mlx.bench.system import system_record
+from duo_mlx.ffn import DuoFFN
 from duo_mlx.model import Model
-from duo_mlx.open_layers import OpenLayers
+from duo_mlx.open_layers import OpenLayers, can_open
 from duo_mlx.router import LinearRouter
 
 Build = Callable[[], mx.array]  # makes the unevaluated array that a part ends in
 
-ALWAYS = (
-    "embedding",
-    "attention",
-    "head",
-    "sampling",
-)  # in every step of a Duo; a layer's norms and additions are with its attention
+ALWAYS = ("embedding", "attention", "head", "sampling")  # in every step of a Duo
 FFNS = {"all-big": ("big",), "all-small": ("small",), "all-skip": ()}
 
 
-def chain(x: mx.array, count: int, part: Callable[[int, mx.array], mx.array]) -> mx.array:
-    """``part`` of every layer on the same ``x``, each after the one before."""
-    for index in range(count):
-        x = mx.depends([x], [part(index, x)])[0]
+def chain(x: mx.array, ffns: Iterable[DuoFFN], part: Callable[[DuoFFN, mx.array], mx.array]) -> mx.array:
+    """``part`` of every layer's FFNs on the same ``x``, each after the one before."""
+    for ffn in ffns:
+        x = mx.depends([x], [part(ffn, x)])[0]
     return x
-
-
-def _nothing(_: Any, x: mx.array) -> mx.array:
-    """An FFN that gives zeros, and needs its input all the same."""
-    nothing: list[mx.array] = mx.depends([mx.zeros_like(x)], [x])
-    return nothing[0]
 
 
 def sample(logits: mx.array) -> mx.array:
@@ -64,33 +57,47 @@ def sample(logits: mx.array) -> mx.array:
     return mx.argmax(last - mx.logsumexp(last, keepdims=True), axis=-1)
 
 
+def possible(model: Model) -> bool:
+    """Whether a step of the model can be taken apart: its caches can be taken back, its layers called one by one."""
+    return can_trim_prompt_cache(model.make_cache()) and not any(cost.windows(model)) and can_open(model)
+
+
 def parts(model: Model, cache: list[Any]) -> dict[str, Build]:
-    """What builds each part of a decoding step after what ``cache`` holds."""
-    layers, ffns = OpenLayers(model, mx.array([[1]]), cache), model.ffns
-    x = mx.random.normal(layers.root.shape, model.dtype)
-    row = mx.random.normal((1, model.config.hidden_size), model.dtype)  # as an FFN meets a single token
-    logits = mx.random.normal((1, 1, model.config.vocab_size), model.dtype)
-    mx.eval(x, row, logits)
-    count = len(ffns)
+    """What builds each part of a decoding step after what ``cache`` holds.
+
+    Raises:
+        DuoError: the base's layers cannot be called one by one.
+    """
+    token = mx.array([[1]])
+    x = mx.random.normal((1, 1, model.config.hidden_size), model.dtype)
+    logits = mx.random.normal((1, 1, model.config.vocab_size), x.dtype)
+    mx.eval(x, logits)
+    OpenLayers(model, token)  # refuses here, and not while the clock runs
+
+    def attention() -> mx.array:
+        layers, h = OpenLayers(model, token, cache), x
+        for index in range(len(model.ffns)):
+            h = layers.open(index, h, lambda _, normed: normed)
+        return h
 
     built = {
-        "embedding": lambda: model.embedding(mx.array([[1]])),
-        "attention": lambda: chain(x, count, lambda index, x: layers.open(index, x, _nothing)),
-        "big": lambda: chain(row, count, lambda index, x: ffns[index].big(x)),
-        "small": lambda: chain(row, count, lambda index, x: ffns[index].small(x)),
+        "embedding": lambda: model.embedding(token),
+        "attention": attention,
+        "big": lambda: chain(x, model.ffns, lambda ffn, x: ffn.big(x)),
+        "small": lambda: chain(x, model.ffns, lambda ffn, x: ffn.small(x)),
         "head": lambda: model.head(x),
         "sampling": lambda: sample(logits),
     }
     router = model.router() if model.config.router_choices else None
     if isinstance(router, LinearRouter):  # one that looks ahead is asked before the pass, not by its layers
 
-        def read(index: int, x: mx.array) -> mx.array:
-            route = router.routes(index, x)
+        def read(ffn: DuoFFN, x: mx.array) -> mx.array:
+            route = router.routes(ffn.index, x)
             np.array(route)
             return route
 
-        built["router"] = lambda: chain(row, count, router.routes)
-        built["router, read by the host"] = lambda: chain(row, count, read)
+        built["router"] = lambda: chain(x, model.ffns, lambda ffn, x: router.routes(ffn.index, x))
+        built["router, read by the host"] = lambda: chain(x, model.ffns, read)
     return built
 
 
@@ -231,7 +238,7 @@ def command(
             f"python -m duo_mlx.bench.parts {of} {arguments}",
             before,
             timings.runs,
-            shape=vars(model.config),
+            shape=model.config.to_dict(),
             summary=result,
         )
 

@@ -1,11 +1,9 @@
-"""What benchmarks of decoding share: a model, mlx-lm's stock llama with the same weights, and decoding both alike.
+"""What benchmarks of decoding share: a model, mlx-lm's own model with the same weights, and decoding both alike.
 
 Decoding goes through mlx-lm's own `generate_step` for either, greedily, from a cache that was filled before the clock
 starts. `generate_step` is always one step ahead, so that N tokens take N + 1 steps; all of them are waited for.
 """
 
-import io
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +20,11 @@ import numpy as np
 from mlx_lm.generate import generate_step, generation_stream
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from duo_mlx import checkpoint, cost, cpu
+from duo_mlx import checkpoint, cost
 from duo_mlx.bench.prefill import SHAPE
-from duo_mlx.cpu import products
 from duo_mlx.device import on_cpu
 from duo_mlx.errors import DuoError
-from duo_mlx.hosting import without
+from duo_mlx.hosting import primitives, without
 from duo_mlx.intervals import interval
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.policies import FixedPolicy
@@ -52,6 +49,8 @@ def open_model(directory: Path | None, layers: int, seed: int) -> Model:
     for ffn in model.ffns:  # a new router's weights are zeros
         ffn.router.weight = mx.random.normal(ffn.router.weight.shape)
     if on_cpu():
+        from duo_mlx import cpu
+
         cpu.quicken(model, fuse=True)
     mx.eval(model.parameters())
     return model
@@ -71,17 +70,19 @@ def filled_cache(model: Model, context: int, seed: int) -> list[Any]:
     """A cache of ``context`` positions of noise: what decoding costs depends on how many, not on which.
 
     Raises:
-        DuoError: attention slides, so that a cache cannot be taken back to where it began.
+        DuoError: a cache cannot be taken back to where it began, because attention slides or a layer has a state.
     """
-    config = model.config
-    shape = (2, 1, config.num_key_value_heads, context, config.head_dim)
-    noise = mx.random.normal(shape, model.dtype, key=mx.random.key(seed))
     cache = model.make_cache()
-    if not can_trim_prompt_cache(cache) or "sliding_attention" in config.layer_types:
+    if not can_trim_prompt_cache(cache) or any(cost.windows(model)):
         raise DuoError("this benchmark needs caches that can be taken back, and this model's attention slides")
+    # the pass is built and never computed: noise takes the place of what it writes
+    model(mx.zeros((1, context), mx.uint32), cache, routes=[Route.BIG] * model.config.num_hidden_layers)
+    keys = iter(mx.random.split(mx.random.key(seed), 4 * len(cache)))
     for layer in cache:
-        layer.update_and_fetch(*noise)
-    mx.eval([layer.state[:2] for layer in cache])
+        for name, value in vars(layer).items():
+            if isinstance(value, mx.array):
+                setattr(layer, name, mx.random.normal(value.shape, value.dtype, key=next(keys)))
+    mx.eval([layer.state for layer in cache])
     return cache
 
 
@@ -119,7 +120,7 @@ class Decoder:
         """How many primitives the graph of one step's logits has; exact."""
         self.rewind()
         logits = self.bind()(mx.array([[1]]), cache=self.cache)
-        count = primitives(logits)
+        count = primitives(logits).total()
         mx.eval(logits)
         return count
 
@@ -143,16 +144,14 @@ def decoders(
     return made
 
 
-def primitives(output: mx.array) -> int:
-    """Primitives in the graph of an unevaluated array."""
-    file = io.StringIO()
-    mx.export_to_dot(file, output)
-    return len(re.findall(r"shape=rectangle\]", file.getvalue()))
-
-
 @contextmanager
 def whole_products() -> Iterator[None]:
-    """Within it no product is cut into pieces, see `duo_mlx.products`."""
+    """Within it no product is cut into pieces, see `duo_mlx.cpu.products`."""
+    if not on_cpu():
+        yield
+        return
+    from duo_mlx.cpu import products
+
     with patch.object(products, "pieces", lambda weight, x: 1):  # noqa: ARG005
         yield
 

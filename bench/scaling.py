@@ -104,7 +104,7 @@ def patterns(layers: int) -> dict[str, Routes]:
 def decoding(size: Size, model: Model) -> Iterator[Row]:
     """One token."""
     for name, pattern in patterns(size.layers).items():
-        expected = growth.decoding(model.config, pattern, size.length, rotated=True)
+        expected = growth.decoding(model.config, pattern, size.length)
         for what, predicted, count in zip(
             expected._fields, expected, counted.decoding(model, pattern, size.length), strict=True
         ):

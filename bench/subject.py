@@ -1,14 +1,16 @@
 """The model that ``duo-mlx bench run`` measures, in the quantisations that are asked for."""
 
 from pathlib import Path
+from typing import Any
 
 import duo_mlx  # noqa: F401  (first, so that it loads OpenBLAS before mlx comes)
 
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
-from duo_mlx import checkpoint
+from duo_mlx import checkpoint, cost
 from duo_mlx.device import on_cpu
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
@@ -31,6 +33,7 @@ class Subject:
         self._directory = checkpoint.resolve(path, revision)
         self._model, self.tokenizer = checkpoint.load(self._directory, fuse=True)
         self.args = self._model.config
+        self.window: int | None = min(filter(None, cost.windows(self._model)), default=None)  # of sliding attention
         self.stored = self._now = stored_format(self._model)
         self.name = "embedded" if path is None else Path(path).resolve().name if Path(path).is_dir() else path
         self.record = {
@@ -96,10 +99,11 @@ def _bits(quantisation: str) -> int:
 
 def stored_format(model: Model) -> str:
     """``float32``, ``float16``, ``bfloat16``, or ``N-bit`` of the first big FFN."""
-    gate = model.layers[0].mlp.big.gate_proj
-    if isinstance(gate, nn.QuantizedLinear):
-        return f"{gate.bits}-bit"
-    return str(gate.weight.dtype).removeprefix("mlx.core.")
+    quantised = next((module for module in model.ffns[0].big.modules() if hasattr(module, "bits")), None)
+    if quantised is not None:
+        return f"{quantised.bits}-bit"
+    weights: Any = tree_flatten(model.ffns[0].big.parameters())
+    return str(weights[0][1].dtype).removeprefix("mlx.core.")
 
 
 def parameters(model: Model) -> int:

@@ -82,7 +82,7 @@ def run(
     """
     settings = question.settings
     groups = question.grid.groups(subject.stored, question.against == PEER)
-    grid.check(groups, subject.args)
+    grid.check(groups, subject.args, subject.window)
     length = min(settings.quality_length, subject.args.max_position_embeddings or settings.quality_length)
     _check(groups, subject, length)
     prompt_text, held_out = reading.read(question.prompts, "prompts"), reading.read(question.text, "held_out")
@@ -248,10 +248,9 @@ def _fill_quality(
 
 
 def _add_parts(result: dict[str, Any], model: Model, cell: Cell) -> None:
-    """A decoded token's parts in cells of one sequence and this context, where they are not known yet."""
+    """A decoded token's parts in cells of one sequence and this context, where they can be had and are not known."""
     known = {(each["quantisation"], each["context"]) for each in result["parts"]}
-    slides = "sliding_attention" in model.config.layer_types
-    if cell.batch == 1 and not slides and (cell.quantisation, cell.context) not in known:
+    if cell.batch == 1 and (cell.quantisation, cell.context) not in known and parts.possible(model):
         found = parts.measure(model, cell.context + cell.prompt_tokens)
         result["parts"].append({"quantisation": cell.quantisation, "context": cell.context} | found)
 

@@ -1,26 +1,26 @@
 """What decoding one token takes, exactly: bytes to read, kernels to start on a GPU, and waits for the host.
 
-Bytes are those of arrays, which need not exist: a model of which only the shape is known is built and never computed.
-Kernels are counted from how the strategies build their graphs (``tests/test_work.py`` holds the counts against the
-graphs of real passes): on a GPU each of MLX's fast operations is one, and views of arrays are none.
+Bytes are the sizes of arrays, which need not exist: a model of which only the shape is known is built and never
+computed. Kernels are counted in the step's graph (`duo_mlx.dispatches`).
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from duo_mlx import cost
 from duo_mlx.config import Config
 from duo_mlx.cost import RouteTable
+from duo_mlx.dispatches import count, sized
 from duo_mlx.errors import DuoError
-from duo_mlx.ffn import DuoFFN, RouterWeights
-from duo_mlx.hosting import norms_of_ffn
+from duo_mlx.ffn import RouterWeights
+from duo_mlx.forms import form, unknown
+from duo_mlx.kernels import fused
 from duo_mlx.model import Model
 from duo_mlx.routes import LETTERS, Route, Routes
 
@@ -54,19 +54,24 @@ def imagined(args: Config, bits: int = 16, group_size: int = 64) -> Model:
     def divides(_: str, module: nn.Module) -> bool:
         return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
 
-    model = with_routers(Model(args))
+    model = without_weights(Model(args))
     model.set_dtype(mx.float32 if bits == 32 else mx.bfloat16)
     if bits < 16:
         nn.quantize(model, group_size, bits, class_predicate=divides)
-    return model
+    return without_weights(model)
 
 
-def with_routers(model: Model) -> Model:
-    """The model, whose layers get a router where they have none: every strategy but ``planned`` asks one."""
+def without_weights(model: Model) -> Model:
+    """Return the model with arrays that have their sizes but one number each, and with a router in every layer.
+
+    Every strategy except ``planned`` asks a router.
+    """
     dtype = model.dtype
     for ffn in model.ffns if not model.config.router_choices else ():
         ffn.router = RouterWeights(replace(model.config, router_choices=LETTERS))
         ffn.router.set_dtype(dtype)
+    for module in model.modules():
+        module.update({name: sized(value) for name, value in module.items() if isinstance(value, mx.array)})
     return model
 
 
@@ -77,8 +82,15 @@ def shares(routes: Routes) -> NDArray[np.float64]:
 
 def refusal(model: Model, strategy: str) -> str | None:
     """Why a strategy cannot decode such a model on a GPU; None if it can."""
-    quantised = any(isinstance(module, nn.QuantizedLinear) for ffn in model.ffns for module in ffn.modules())
-    return "MLX's masked product has no quantised form" if strategy == "masked" and quantised else None
+    if strategy == "fused":
+        reasons = (fused.refusal(ffn, 1, model.dtype) for ffn in model.ffns)
+        return next(filter(None, reasons), None)
+    if strategy == "masked":
+        if any(isinstance(module, nn.QuantizedLinear) for ffn in model.ffns for module in ffn.modules()):
+            return "MLX's masked product has no quantised form"
+        modules = (module for ffn in model.ffns for module in (ffn.big, ffn.small))
+        return next((unknown(module) for module in modules if form(module) is None), None)
+    return None
 
 
 def works(
@@ -133,81 +145,9 @@ def reads(model: Model, strategy: str, context: int) -> RouteTable:
 
 
 def dispatches(model: Model, strategy: str) -> RouteTable:
-    """Kernels that a token starts on a GPU, sampling by argmax included.
-
-    A block is counted by its modules: each product and norm is a kernel, a rotation two (queries and keys), and
-    attention, two writes to the cache and two additions are there whatever the base is.
-    """
-    embedding = 4 if isinstance(model.embedding, nn.QuantizedEmbedding) else 1  # three gathers, dequantize
-    norm, head, sampling = 1, 1, 3  # logsumexp, its subtraction, argmax
-    names = not LETTERS.startswith(model.config.router_choices)  # the index of the largest logit is not yet the route
-    by_route = np.array(
-        [
-            _layer(block, ffn, strategy, router=2 + names, skips=model.parts is not None)
-            for block, ffn in zip(model.layers, model.ffns, strict=True)
-        ],
-        np.int64,
-    )
-    return RouteTable(embedding + norm + head + sampling, by_route)
-
-
-def _layer(block: nn.Module, ffns: DuoFFN, strategy: str, router: int, skips: bool) -> tuple[int, int, int]:
-    """Kernels of one layer under skip, small and big: sums of what is named here, of which each is one kernel.
-
-    ``router`` are those of a router that is not a kernel of its own; ``skips`` says whether a skip bypasses attention.
-    """
-    norm = add = rope = write = attend = compare = select = fill = gather = sort = 1
-    own = _kernels(block, without=ffns) + attend + 2 * write + 2 * add
-    small, big = _kernels(ffns.small), _kernels(ffns.big)
-    unread = len(norms_of_ffn(block))
-    skipped = own - unread + fill
-    if skips:
-        attention: Any = block.self_attn
-        skipped = norm + sum(map(_linear, (attention.k_proj, attention.v_proj))) + rope + 2 * write
-        skipped += norm * ("k_norm" in attention)
-    if strategy == "planned":
-        return skipped, own + small, own + big
-    if skips:
-        router += norm  # which sees what attention does
-    if strategy == "sync":
-        skipped += router + (0 if skips else unread)
-        return skipped, own + router + small, own + router + big
-    if skips:  # attention has run before anybody knows; what it gave a token that skips is dropped
-        own += compare + select
-    if strategy == "fused":
-        return (own + norm * skips + 1 + 2,) * 3  # the router; gate, up and activation, and down
-    before = own + router
-    if strategy == "sorted":
-        group = sort + 2 * (compare + add) + 2 * write + sort  # counts of skip and small, written to one array
-        after = before + group + gather
-        return after + fill - unread * skips, after + gather + small, after + gather + big
-    if strategy == "masked":
-        # a masked bias is zeros, a choice and an addition where the module's own was a part of the product
-        masked_small, masked_big = (compare + _kernels(ffn) + 3 * _biases(ffn) for ffn in (ffns.small, ffns.big))
-        both = masked_big if ffns.small is ffns.big else masked_small + masked_big + add
-        return (before + both,) * 3
-    return (before + small + big + 2 * (compare + select) + fill,) * 3  # dense
-
-
-def _kernels(module: nn.Module, without: nn.Module | None = None) -> int:
-    """Kernels of a module's own modules; of an FFN there is one more, its activation."""
-    left_out = {id(part) for part in without.modules()} if without is not None else set()
-    leaves: Any = tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module)
-    counted = sum(_leaf(leaf) for _, leaf in leaves if id(leaf) not in left_out)
-    return counted + (without is None)
-
-
-def _leaf(module: nn.Module) -> int:
-    if "rope" in type(module).__name__.lower():
-        return 2
-    return _linear(module)
-
-
-def _linear(linear: nn.Module) -> int:
-    """A product with plain floats adds its bias itself; one with quantised weights leaves that to another kernel."""
-    return 1 + (isinstance(linear, nn.QuantizedLinear) and "bias" in linear)
-
-
-def _biases(ffn: nn.Module) -> int:
-    leaves: Any = tree_flatten(ffn.leaf_modules(), is_leaf=nn.Module.is_module)
-    return sum("bias" in linear for _, linear in leaves)
+    """Kernels that a token starts on a GPU, sampling by argmax included."""
+    if strategy in ("fused", "masked", "dense"):  # their graph is the same for every route
+        outside, layers = count(model, strategy, Route.BIG)
+        return RouteTable(outside, np.repeat(np.array(layers, np.int64)[:, None], len(Route), axis=1))
+    counts = [count(model, strategy, route) for route in Route]
+    return RouteTable(counts[0][0], np.array([layers for _, layers in counts], np.int64).T)

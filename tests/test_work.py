@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from mlx_lm.utils import quantize_model
 
-from duo_mlx import checkpoint, conditional, cost, work
+from duo_mlx import checkpoint, conditional, cost, dispatches, work
 from duo_mlx.errors import DuoError
 from duo_mlx.kernels import launch, selfcheck, verdicts
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.routes import Route
 
-# primitives that start no kernel: they view an array, or are the stand-ins' own
-VIEWS = {"Broadcast", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice", "Squeeze", "Transpose", "Unflatten"}
 SHAPE = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -27,7 +25,7 @@ SHAPE = {
     "vocab_size": 64,
     "router_choices": "-sB",
 }
-CASES = {
+CASES = {  # of a Llama
     "plain": {},
     "untied, biases": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     "biases of small": {"small_bias": True},
@@ -36,8 +34,30 @@ CASES = {
 }
 
 
+BASES = {
+    "qwen3": {"head_dim": 32, "max_position_embeddings": 64, "rope_theta": 1e4, "tie_word_embeddings": True},
+    "gemma2": {"head_dim": 32},
+    "nemotron": {"hidden_act": "relu2", "norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+    "gpt2": {
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 64,
+        "n_ctx": 64,
+        "num_key_value_heads": 2,
+        "layer_norm_epsilon": 1e-5,
+    },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+}
+UNKNOWN_FFN = ("olmoe",)  # which the strategies with kernels of their own do not take
+
+
 def made(bits=32, **changes):
     return work.imagined(ModelArgs.from_dict(SHAPE | changes), bits)
+
+
+def of_base(base, bits=16):
+    return made(bits, base_model_type=base, **BASES[base])
 
 
 @pytest.fixture
@@ -66,6 +86,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "dequantize", dequantize)
     monkeypatch.setattr(mx.fast, "rms_norm", lambda x, *_: mx.abs(x))
+    monkeypatch.setattr(mx.fast, "layer_norm", lambda x, *_: mx.abs(x))
     monkeypatch.setattr(mx.fast, "rope", lambda x, *_, **__: mx.abs(x))
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
     monkeypatch.setattr(launch, "execute", execute)
@@ -76,13 +97,13 @@ def as_on_a_gpu(monkeypatch):
 
 
 def kernels(model, strategy, route, launches, monkeypatch):
-    """Kernels of one decoding step, counted in its graph."""
-    mx.eval(model.parameters())
-    dtype = model.dtype
+    """Kernels of one decoding step, counted in the graph of its whole pass."""
+    shape, dtype = (1, model.config.num_key_value_heads, 256, 32), model.dtype
     cache = model.make_cache()
     for layer in cache:
-        layer.keys, layer.values, layer.offset = mx.zeros((1, 1, 256, 32), dtype), mx.zeros((1, 1, 256, 32), dtype), 5
+        layer.keys, layer.values, layer.offset = mx.zeros(shape, dtype), mx.zeros(shape, dtype), 5
         mx.eval(layer.keys, layer.values)
+    launches.clear()
     read = []
 
     def answer(array):
@@ -105,27 +126,51 @@ def kernels(model, strategy, route, launches, monkeypatch):
     assert len(read) == (len(model.layers) if strategy in ("sync", "sorted") else 0)
     # a concatenation copies its inputs one by one
     return len(launches) + sum(
-        inputs.count(node) if name == "Concatenate" else name not in VIEWS for node, name in primitives
+        inputs.count(node) if name == "Concatenate" else name not in dispatches.VIEWS for node, name in primitives
     )
 
 
-@pytest.mark.parametrize("route", list(Route))
 @pytest.mark.parametrize(
     ("strategy", "bits"),
     [(each, bits) for each in work.STRATEGIES for bits in (32, 16, 4) if (each, bits) != ("masked", 4)],
 )
 @pytest.mark.parametrize("case", CASES)
-def test_dispatches_are_those_of_the_graph(case, strategy, bits, route, as_on_a_gpu, monkeypatch):
+def test_dispatches_are_those_of_the_graph(case, strategy, bits, as_on_a_gpu, monkeypatch):
     model = made(bits, **CASES[case])
-    routes = np.full(2, route)
-    counted = kernels(model, strategy, route, as_on_a_gpu, monkeypatch)
-    assert work.dispatches(model, strategy).of(routes) == counted
+    found = work.dispatches(model, strategy)
+    for route in Route:
+        assert found.of(np.full(2, route)) == kernels(model, strategy, route, as_on_a_gpu, monkeypatch)
 
 
-def test_a_routed_layer_starts_no_more_kernels_than_llamas():
-    model = made(4)
-    planned, fused = (work.dispatches(model, strategy).of(np.full(2, Route.BIG)) for strategy in ("planned", "fused"))
-    assert fused < planned
+@pytest.mark.parametrize("strategy", work.STRATEGIES)
+@pytest.mark.parametrize("base", BASES)
+def test_dispatches_of_any_base_are_those_of_the_graph(base, strategy, as_on_a_gpu, monkeypatch):
+    model = of_base(base)
+    assert (strategy in work.usable(model)) == (base not in UNKNOWN_FFN or strategy not in ("fused", "masked"))
+    if strategy not in work.usable(model):
+        with pytest.raises(DuoError, match=f"'{strategy}': .*OlmoeSparseMoeBlock is not known .*; use planned, sync"):
+            work.works(model, {}, 9, [strategy])
+        return
+    found = work.dispatches(model, strategy)
+    for route in Route:
+        assert found.of(np.full(2, route)) == kernels(model, strategy, route, as_on_a_gpu, monkeypatch)
+
+
+def test_dispatches_of_a_llama_by_hand():
+    attention = 1 + 3 + 2 + 2 + 1 + 1 + 1  # norm; q, k, v; two rotations; two writes; attention; o; residual
+    module = 1 + 2 + 1 + 1 + 1  # norm; gate, up; activation; down; residual
+    outside = 1 + 1 + 1 + 3  # embedding; norm; head; logsumexp, its subtraction and argmax
+    planned, fused = (work.dispatches(made(16), strategy) for strategy in ("planned", "fused"))
+    assert planned.fixed == fused.fixed == outside
+    assert work.dispatches(made(4), "planned").fixed == outside + 3  # the embedding's row is put together
+    np.testing.assert_array_equal(planned.by_route, [[attention + 2, attention + module, attention + module]] * 2)
+    np.testing.assert_array_equal(fused.by_route, [[attention + 1 + 3 + 1] * 3] * 2)  # router and two halves of FFNs
+
+
+def test_counting_leaves_mlx_as_it_was():
+    before = mx.fast.rms_norm, mx.fast.rope, mx.dequantize, conditional.read, launch.execute
+    work.dispatches(made(4), "fused")
+    assert (mx.fast.rms_norm, mx.fast.rope, mx.dequantize, conditional.read, launch.execute) == before
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
@@ -184,9 +229,9 @@ def test_works_are_expectations_and_count_waits():
 
 
 def test_a_model_without_routers_gets_them_for_its_projection():
-    plain = Model(ModelArgs.from_dict(SHAPE | {"router_choices": ""}))
+    plain = work.without_weights(Model(ModelArgs.from_dict(SHAPE | {"router_choices": ""})))
     three_rows = 3 * 64 * 4
-    by_host, asked = (work.reads(work.with_routers(plain), strategy, 9).by_route for strategy in ("planned", "sync"))
+    by_host, asked = (work.reads(plain, strategy, 9).by_route for strategy in ("planned", "sync"))
     np.testing.assert_array_equal(asked - by_host, np.full((2, 3), three_rows))
     chosen = made(router_choices="sB").layers[0].mlp.router.weight
     assert chosen.shape == (2, 64)  # what a model has is kept

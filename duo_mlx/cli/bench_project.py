@@ -101,12 +101,12 @@ def _model(path: str | None, bits: str | None) -> "tuple[Model, str]":
     """The model, of which no weight is read, and what to call it."""
     from duo_mlx.checkpoint import read_config, read_model, resolve
     from duo_mlx.config import Config
-    from duo_mlx.work import imagined, with_routers
+    from duo_mlx.work import imagined, without_weights
 
     directory = resolve(path)
     name = path or "the embedded model"
     if bits is None:
-        return with_routers(read_model(directory)), f"{name}, weights as stored"
+        return without_weights(read_model(directory)), f"{name}, weights as stored"
     return imagined(Config.from_dict(read_config(directory)), int(bits)), f"{name}, {bits} bits"
 
 

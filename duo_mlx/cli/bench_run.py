@@ -134,7 +134,7 @@ def _grid(preset: str, subject: Any, options: dict[str, Any]) -> "Grid":
     if options["routes"]:  # asked for: then at all depths
         given["deep_routes"] = options["routes"]
     found: dict[str, Any] = {name: tuple(dict.fromkeys(each)) for name, each in given.items() if each}
-    made = replace(grid.preset(preset, subject.args), **found)
+    made = replace(grid.preset(preset, subject.args, subject.window), **found)
     if options["drafts"]:
         grid.check_drafts(made)
     elif options["routes"]:

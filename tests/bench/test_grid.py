@@ -186,9 +186,10 @@ def test_budgets_are_those_that_the_model_knows_a_pattern_for(args):
     ],
 )
 def test_presets_go_as_deep_as_there_is_room(args, changes, paper, full, prompts):
-    made = args(**changes)
-    assert grid.preset("paper", made).contexts == paper
-    assert (grid.preset("full", made).contexts, grid.preset("full", made).prompts) == (full, prompts)
+    made, window = args(**changes), changes.get("sliding_window")
+    assert grid.preset("paper", made, window).contexts == paper
+    deep = grid.preset("full", made, window)
+    assert (deep.contexts, deep.prompts) == (full, prompts)
 
 
 def test_full_is_the_papers_question_in_more_ways(args):
@@ -200,7 +201,7 @@ def test_full_is_the_papers_question_in_more_ways(args):
 def test_cells_without_room_are_refused(args):
     def refused(made, **sizes):
         with pytest.raises(DuoError) as caught:
-            grid.check(Grid(("big",), **sizes).groups("float32", peer=False), args(**made))
+            grid.check(Grid(("big",), **sizes).groups("float32", peer=False), args(**made), made.get("sliding_window"))
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -210,5 +211,5 @@ def test_cells_without_room_are_refused(args):
     assert "--prompt-tokens 69" in message and "101 positions; the model has 100" in message
     assert "with 61 tokens of context" in refused(limited, prompts=(8,), contexts=(0, 61))
     sliding = {"layer_types": ["sliding_attention"] * 4, "sliding_window": 100}
-    grid.check(Grid(("big",), prompts=(68,)).groups("float32", peer=True), args(**sliding))
+    grid.check(Grid(("big",), prompts=(68,)).groups("float32", peer=True), args(**sliding), 100)
     assert "101 positions: this model's attention slides over 100" in refused(sliding, prompts=(69,))

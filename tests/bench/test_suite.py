@@ -43,7 +43,7 @@ class Steady(Meter):
 
 
 def no_parts(_model, _context):
-    each = dict.fromkeys(("embedding", "attention", "norms", "big", "small", "head", "sampling"), 0.001)
+    each = dict.fromkeys(("embedding", "attention", "big", "small", "head", "sampling"), 0.001)
     return {"seconds": each, "whole": {}}
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from duo_mlx import work
+from duo_mlx import checkpoint, work
 from duo_mlx.bench import projected_speculation
 from duo_mlx.cli import main
 from duo_mlx.projection import ASSUMPTIONS, MIXES, SHAPES, machines, project
@@ -41,11 +41,13 @@ def test_the_tables_say_what_they_are(monkeypatch):
 
 
 def test_the_object_holds_what_the_library_projects(model):
-    directory, held = model
+    directory, _ = model
     result = told("--model", directory, "--chip", "M1", "--context", 9)
     assert result["projection"] == list(ASSUMPTIONS) and "shapes" not in result
     assert result["model"]["name"] == f"{directory}, weights as stored" and result["model"]["context"] == 9
-    expected = work.works(work.with_routers(held), MIXES, 9, ["planned", "fused", "masked", "sync"])
+    expected = work.works(
+        work.without_weights(checkpoint.read_model(directory)), MIXES, 9, ["planned", "fused", "masked", "sync"]
+    )
     assert len(result["model"]["rows"]) == 16
     for row in result["model"]["rows"]:
         found = expected[row["strategy"]][row["routes"]]
@@ -71,11 +73,11 @@ def test_bits_are_those_of_the_same_shape(model):
 )
 def test_a_route_is_compared_with_all_big(saved, spec, small, skip):
     known = [{"pattern": "BBBs", "loss": 1.0}]
-    directory, held = saved(best_patterns=known)
+    directory, _ = saved(best_patterns=known)
     result = told("--model", directory, "--route", spec, "--strategy", "planned", "--context", 9)
     big, routed = result["model"]["rows"]
     assert (big["routes"], routed["routes"]) == ("big", spec)
-    table = work.reads(work.with_routers(held), "planned", 9).by_route[0]
+    table = work.reads(work.without_weights(checkpoint.read_model(directory)), "planned", 9).by_route[0]
     assert big["bytes"] - routed["bytes"] == small * (table[2] - table[1]) + skip * (table[2] - table[0])
 
 
@@ -119,7 +121,7 @@ def test_the_strategies_are_the_librarys():
 
 
 def test_speculation_is_projected_with_all_its_assumptions(model, monkeypatch):
-    directory, held = model
+    directory, _ = model
     monkeypatch.setattr("duo_mlx.projection.SHAPES", {"Llama 3.2 1B": SHAPES["Llama 3.2 1B"]})
     monkeypatch.setattr("duo_mlx.bench.projected_speculation.SHAPES", {"Llama 3.2 1B": SHAPES["Llama 3.2 1B"]})
     asked = ["--model", directory, "--speculate", "small", "--acceptance", "0.9,0.8", "--chip", "M3 Max 400"]
@@ -127,7 +129,7 @@ def test_speculation_is_projected_with_all_its_assumptions(model, monkeypatch):
     assert found["projection"] == [*ASSUMPTIONS, *projected_speculation.ASSUMPTIONS] and "model" not in found
     speculation = found["speculation"]
     assert speculation["pattern"] == "ssss" and speculation["acceptance"] == [0.9] + [0.8] * 6
-    models = {f"{directory}, weights as stored": work.with_routers(held)} | {
+    models = {f"{directory}, weights as stored": work.without_weights(checkpoint.read_model(directory))} | {
         "Llama 3.2 1B, 4 bits": work.imagined(SHAPES["Llama 3.2 1B"], 4)
     }
     pattern, on = parse_pattern("ssss", 4), machines(["M3 Max 400"])

@@ -26,7 +26,7 @@ ROUTES = ("--route", "big", "--route", "Bs-B")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     """Nothing is measured that is not the subject here, and the working directory is empty."""
-    each = dict.fromkeys(("embedding", "attention", "norms", "big", "small", "head", "sampling"), 0.001)
+    each = dict.fromkeys(("embedding", "attention", "big", "small", "head", "sampling"), 0.001)
     monkeypatch.setattr(parts, "measure", lambda *_: {"seconds": each, "whole": {}})
     monkeypatch.setattr(figures, "effort", lambda: Effort(2, 3, 1 << 20))
     (tmp_path / "here").mkdir()
