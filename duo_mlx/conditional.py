@@ -111,7 +111,8 @@ def decide(entry: LayerRoutes | Router, layer: int, x: mx.array, ffns: FFNs, str
     route: LayerRoutes
     if isinstance(entry, Router):
         by = resolve(strategy, ffns, x, "device")
-        route = entry.decide(layer, x, in_one_kernel=by == "fused")
+        single = x.ndim == 2  # a base that drops the axis of a single token
+        route = entry.decide(layer, x[:, None] if single else x, in_one_kernel=by == "fused")
     elif isinstance(entry, mx.array):
         by, route = resolve(strategy, ffns, x, "device"), entry
     else:

@@ -21,10 +21,9 @@ class Router(ABC):
 
     @abstractmethod
     def routes(self, layer: int, x: mx.array) -> mx.array:
-        """Integer routes ``[...]`` of one layer from its normalised input ``x [..., hidden]``.
+        """Return integer routes ``[batch, tokens]`` of one layer from its normalised input ``[batch, tokens, hidden]``.
 
-        A pass over many tokens has ``[batch, tokens, hidden]``, one over a single token ``[batch, hidden]``. The input
-        is the input of the layer's FFN, or of its attention where skipping bypasses attention, too.
+        The input is the input of the layer's FFN, or of its attention where skipping bypasses attention, too.
         """
 
     def decide(self, layer: int, x: mx.array, in_one_kernel: bool = False) -> mx.array:  # noqa: ARG002
@@ -87,7 +86,7 @@ class Follow(Router):
 
 
 class Recorder(Router):
-    """Another router, whose routes of the last pass are kept, ``taken``: ``[batch, tokens]`` or ``[batch]`` a layer."""
+    """Another router, whose routes of the last pass are kept, ``taken``: ``[batch, tokens]`` a layer."""
 
     def __init__(self, router: Router):
         self.router = router
