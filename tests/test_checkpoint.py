@@ -84,7 +84,10 @@ DAMAGES = {
     "no config": (lambda d: (d / "config.json").unlink(), "holds no config.json"),
     "config is no JSON": (lambda d: cut(d / "config.json", 20), "config.json: is no JSON"),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), "must hold a JSON object"),
-    "another architecture": (lambda d: change_config(d, model_type="llama"), "model_type is 'llama'.*'duo'"),
+    "another architecture": (
+        lambda d: change_config(d, model_type="llama"),
+        "model_type is 'llama', so it is a dense model, not a Duo",
+    ),
     "a key is missing": (lambda d: change_config(d, small_intermediate_size=None), "lacks small_intermediate_size"),
     "a routing key is unknown": (lambda d: change_config(d, skip_scoop="ffn"), "not known: skip_scoop"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no model\\*.safetensors"),

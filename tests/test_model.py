@@ -68,8 +68,12 @@ def test_keys_of_no_concern_are_passed_over(tiny_config):
 @pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim", "rope_scaling", "layer_types"])
 def test_null_is_the_default(tiny_config, key):
     config = tiny_config(num_key_value_heads=None)
-    assert ModelArgs.from_dict(config | {key: None}) == ModelArgs.from_dict(config)
-    assert ModelArgs.from_dict(config).num_key_value_heads == 4
+    given, left_out = ModelArgs.from_dict(config | {key: None}), ModelArgs.from_dict(config)
+    assert given.base == left_out.base | {key: None}  # the base's own word for its default
+    for name in ("num_key_value_heads", "head_dim", "layer_types", "max_position_embeddings"):
+        assert getattr(given, name) == getattr(left_out, name)
+    assert given.num_key_value_heads == 4
+    assert vars(Model(given).args) == vars(Model(left_out).args)
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "small_intermediate_size", "vocab_size"])
@@ -376,7 +380,7 @@ def copy_of(model, quantise=None):
 def test_fused_projections_give_the_same_numbers(tiny_model, variant, quantise, skip_scope):
     changes = {"skip_scope": skip_scope} | VARIANTS[variant] | (WIDE | {"head_dim": 16} if quantise else {})
     model, fused = (copy_of(tiny_model(**changes), quantise) for _ in range(2))
-    fused.fuse()
+    cpu.quicken(fused, fuse=True)
     assert nbytes(fused) == nbytes(model)
     before, after = (dict(tree_flatten(each.parameters())) for each in (model, fused))
     assert before.keys() == after.keys()

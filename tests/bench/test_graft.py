@@ -43,7 +43,10 @@ def test_the_rough_method_takes_the_loudest_neurons_and_regresses():
 
 def test_losses_are_those_of_the_whole_model(dense):
     tensors, config, twin = dense
-    model = host(tensors, config | {"model_type": "duo", "small_layers": []})
+    model = host(
+        {name.replace(".mlp.", ".mlp.big."): tensor for name, tensor in tensors.items()},
+        config | {"model_type": "duo", "small_layers": []},
+    )
     windows = np.random.default_rng(0).integers(0, 32, (2, 33)).astype(np.int32)
     width = 5
     random = np.random.default_rng(1)

@@ -86,24 +86,24 @@ def test_an_interrupted_command_leaves_nothing_and_goes_on(source, grafted, tmp_
     directory, _ = source
     command = [str(word) for word in ("convert", directory, tmp_path / "model", *OPTIONS)]
     command += ["--calibrate", str(directory / "text.txt")]
-    real, done_layers = grafting._graft_layer, []
+    real, done_layers = grafting._Layer.graft, []
 
-    def interrupted(model, index, *rest):
-        if index == 2:
+    def interrupted(layer, has_small):
+        if len(done_layers) == 2:
             raise KeyboardInterrupt
-        done_layers.append(index)
-        real(model, index, *rest)
+        real(layer, has_small)
+        done_layers.append(layer.index)
 
-    monkeypatch.setattr(grafting, "_graft_layer", interrupted)
+    monkeypatch.setattr(grafting._Layer, "graft", interrupted)
     stopped = CliRunner().invoke(main, command)
     assert stopped.exit_code == 130 and "same command" in stopped.stderr
     assert [path.name for path in tmp_path.iterdir()] == [".model.graft"]
 
-    def counted(model, index, *rest):
-        done_layers.append(index)
-        real(model, index, *rest)
+    def counted(layer, has_small):
+        real(layer, has_small)
+        done_layers.append(layer.index)
 
-    monkeypatch.setattr(grafting, "_graft_layer", counted)
+    monkeypatch.setattr(grafting._Layer, "graft", counted)
     finished = CliRunner().invoke(main, command)
     assert finished.exit_code == 0, finished.output
     assert "at layer 2 of 4" in finished.stderr and done_layers == [0, 1, 2, 3]

@@ -139,7 +139,9 @@ def test_a_graft_in_fewer_bits_and_back_in_pytorch(dense, graft, text, tmp_path,
     beside = {"config.json", "duo_model.py", "patterns.json", "tokenizer.json", "tokenizer_config.json"}
     assert set(names(tmp_path / "model")) == beside | {"model.safetensors", "model.safetensors.index.json"}
     fails("is quantised; give --dequantise", tmp_path / "model", tmp_path / "duo.pt", "--to", "torch")
-    succeed(tmp_path / "model", tmp_path / "duo.pt", "--to", "torch", "--dequantise", "--verify")
+    succeed(
+        tmp_path / "model", tmp_path / "duo.pt", "--to", "torch", "--names", "canonical", "--dequantise", "--verify"
+    )
     reference = DuoModel(DuoConfig.from_dict(config))
     reference.load_state_dict(torch.load(tmp_path / "duo.pt", weights_only=True))
 

@@ -40,5 +40,5 @@ def test_from_left_to_right(tiny_model, choices, rows, changes):
 
 def test_sliding_attention_is_refused(tiny_model):
     model = tiny_model(layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=3)
-    with pytest.raises(DuoError, match="does not slide"):
+    with pytest.raises(DuoError, match="attention sees all positions before it"):
         Token(model, model.make_cache(), 1, 2, tree.layer_options(model, tuple(Route)))
