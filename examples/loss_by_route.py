@@ -45,7 +45,7 @@ def mean_loss(model: Model, windows: mx.array, policy: Source, batch: int = 4) -
         if not isinstance(policy, Router | LookAhead):
             routes = policy.routes(0, length, batch=start + len(rows))
             # every window has its own draws, whatever the batch size
-            routes = model.args.realised(routes[start:] if routes.ndim == 3 else routes)
+            routes = model.config.realised(routes[start:] if routes.ndim == 3 else routes)
             logits = model(rows[:, :-1], routes=routes)
         else:
             routed = RoutedModel(model, policy)
