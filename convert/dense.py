@@ -8,7 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _takes_global_scale, infer_quant_config
 
-from duo_mlx import checkpoint
 from duo_mlx.config import Config
 from duo_mlx.convert import stored
 from duo_mlx.convert.tensors import Tensors
@@ -16,7 +15,7 @@ from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
 
 if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    pass
 
 
 def empty(config: Config) -> Model:
@@ -85,16 +84,6 @@ def host(tensors: Tensors, config: Mapping[str, Any]) -> Model:
     except ValueError as error:
         raise DuoError(f"config.json and weights disagree: {' '.join(str(error).split())}") from None
     return model
-
-
-def read_dense(directory: Path) -> tuple[dict[str, Any], Model, "TokenizerWrapper"]:
-    """Return configuration, model and tokenizer of a directory that holds a Duo without small FFNs.
-
-    Raises:
-        DuoError: the directory is no Duo's, or damaged.
-    """
-    config = checkpoint.read_config(directory)
-    return config, host(written(directory), config), checkpoint.read_tokenizer(directory, config)
 
 
 def written(directory: Path) -> Tensors:

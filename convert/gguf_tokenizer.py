@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from duo_mlx.convert.readers import gguf_header
 from duo_mlx.convert.readers.gguf_metadata import CONTROL, TOKENIZER, token_ids
 from duo_mlx.convert.readers.text import shown
 from duo_mlx.convert.sentencepiece_bpe import CONFIG, SPACE, from_proto
+from duo_mlx.convert.tokenizer_config import surround
 from duo_mlx.errors import DuoError
 
 NORMAL, UNKNOWN, USER_DEFINED, BYTE = 1, 2, 4, 6  # token types, sentencepiece's numbers
@@ -133,7 +134,7 @@ def build(metadata: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
     config = config | {f"{role}_token": token for role, token in roles.items()}
     first = metadata.get(f"{PREFIX}add_bos_token", model == "llama" or metadata.get(f"{PREFIX}pre") in FIRST)
     last = metadata.get(f"{PREFIX}add_eos_token", False)
-    _surround(tokenizer, roles.get("bos") if first else None, roles.get("eos") if last else None)
+    surround(tokenizer, roles.get("bos") if first else None, roles.get("eos") if last else None)
     if isinstance(template := metadata.get("tokenizer.chat_template"), str):
         config |= {"chat_template": template, "split_special_tokens": False}  # a template writes them as text
     return tokenizer, config
@@ -226,20 +227,3 @@ def _adjusted(tokenizer: Tokenizer, normalised: bool, stripped: bool) -> Tokeniz
         token["normalized"] = normalised and not token["special"]
         token["rstrip"] = stripped and token["content"] not in _PHI3_PLAIN
     return Tokenizer.from_str(json.dumps(state))
-
-
-def _surround(tokenizer: Tokenizer, first: str | None, last: str | None) -> None:
-    """Put ``first`` before and ``last`` after every text."""
-    ends = {name: token for name, token in (("first", first), ("last", last)) if token is not None}
-
-    def around(text: str, kind: int) -> list[str]:
-        return [f"{part}:{kind}" for part in ("first", text, "last") if part == text or part in ends]
-
-    if ends:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=around("$A", 0),
-            pair=around("$A", 0) + around("$B", 1),
-            special_tokens=[
-                {"id": name, "ids": [tokenizer.token_to_id(token)], "tokens": [token]} for name, token in ends.items()
-            ],
-        )

@@ -1,8 +1,8 @@
 """Neurons of a big FFN that a small one may copy, whatever the base calls its linear maps.
 
 A gated neuron is ``act(gate) * up``; one of two matrices is the same with ``up = 1``; gate and up may be rows of one
-matrix. No name is trusted: what is guessed from the shapes counts only where it gives the module's own outputs.
-Experts, and forms that nobody guessed, have no neurons that could be copied.
+matrix. `duo_mlx.forms` knows the first two forms. The third is guessed from the shapes, and counts only where it gives
+the module's own outputs. Experts, and FFNs of other forms, have no neurons to copy.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from duo_mlx.config import ACTIVATIONS
 from duo_mlx.cost import chosen_experts
-from duo_mlx.forms import ACTIVATIONS as FUNCTIONS
+from duo_mlx.forms import ACTIVATIONS, Gated, TwoMatrices, form
 
 CLOSE = 2e-3  # of the outputs' largest, in float32; activations that are confused differ by more on most inputs
 
@@ -48,7 +47,7 @@ class Neurons:
 
     def __call__(self, x: mx.array) -> mx.array:
         """What the neurons say of ``x [..., inputs]``, ``[..., neurons]``."""
-        act = FUNCTIONS[self.activation](self.gate(x))
+        act = ACTIVATIONS[self.activation](self.gate(x))
         return act if self.up is None else act * self.up(x)
 
 
@@ -77,24 +76,24 @@ def active_width(module: nn.Module, hidden: int) -> int:
 
 
 def _guesses(module: nn.Module, hidden: int) -> Iterator[Neurons]:
+    """The neurons of a form that is known, or those that one matrix for gate and up may hold."""
+    match form(module):
+        case Gated(gate, up, down, activation):
+            yield Neurons(_dense(gate), _dense(up), _dense(down), activation)
+            return
+        case TwoMatrices(up, down, activation):
+            yield Neurons(_dense(up), None, _dense(down), activation)
+            return
     parts = [_dense(part) for name, part in module.items() if not name.startswith("_") and _is_linear(part)]
-    if len(parts) == 2:
-        for into, down in permutations(parts):
-            if into.weight.shape[1] != hidden or down.weight.shape[0] != hidden:
-                continue
-            if len(into.bias) == down.weight.shape[1]:
-                for activation in ACTIVATIONS:
-                    yield Neurons(into, None, down, activation)
-            elif len(into.bias) == 2 * down.weight.shape[1]:
-                halves = [Projection(*pair) for pair in zip(*(mx.split(a, 2) for a in _arrays(into)), strict=True)]
-                for gate, up in permutations(halves):
-                    for activation in ACTIVATIONS:
-                        yield Neurons(gate, up, down, activation)
-    elif len(parts) == 3:
-        for gate, up, down in permutations(parts):
-            if gate.weight.shape == up.weight.shape == down.weight.shape[::-1] and len(down.bias) == hidden:
-                for activation in ACTIVATIONS:
-                    yield Neurons(gate, up, down, activation)
+    if len(parts) != 2:
+        return
+    for into, out in permutations(parts):
+        fits = into.weight.shape[1] == out.weight.shape[0] == hidden
+        if fits and len(into.bias) == 2 * out.weight.shape[1]:
+            halves = [Projection(*pair) for pair in zip(*(mx.split(a, 2) for a in _arrays(into)), strict=True)]
+            for one, other in permutations(halves):
+                for name in ACTIVATIONS:
+                    yield Neurons(one, other, out, name)
 
 
 def _arrays(projection: Projection) -> tuple[mx.array, mx.array]:
