@@ -45,7 +45,7 @@ class Inspection:
     key_value_heads: int | None
     head_dim: int | None
     intermediate_size: int | None  # big's, or a dense FFN's
-    small_intermediate_size: int | None
+    small_intermediate_size: int | tuple[int, ...] | None  # one for all layers, or one a layer
     vocab_size: int | None
     tied_head: bool | None
     attention_bias: bool
@@ -62,7 +62,7 @@ class Inspection:
             heads = f"{self.attention_heads}, {self.key_value_heads} of keys and values, {self.head_dim} wide"
         ffn = None if self.intermediate_size is None else f"{self.intermediate_size} wide"
         if self.kind == "Duo":
-            ffn = f"big {self.intermediate_size} wide, small {self.small_intermediate_size} wide"
+            ffn = f"big {self.intermediate_size} wide, small {_range(self.small_intermediate_size)} wide"
             if self.small_layers not in (self.layers, None):
                 ffn += f" in {self.small_layers} layers"
         biases = [name for name, there in (("attention", self.attention_bias), ("FFN", self.mlp_bias)) if there]
@@ -138,13 +138,15 @@ def inspect(checkpoint: Checkpoint, source: str) -> Inspection:
         quantised=quantised,
         key_map=None if keymap is None else keymap.name,
         layers=known.num_hidden_layers if known else config.get("num_hidden_layers") or _layers(tensors, "") or None,
-        small_layers=_layers(tensors, ".small.gate_proj.weight") or None,
+        small_layers=_layers(tensors, ".small.down_proj.weight") or None,
         hidden_size=known.hidden_size if known else config.get("hidden_size", rows.get("model.norm.weight")),
         attention_heads=heads,
         key_value_heads=known.num_key_value_heads or None if known else config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         intermediate_size=width or rows.get("mlp.big.gate_proj.weight", rows.get("mlp.gate_proj.weight")),
-        small_intermediate_size=next((rows[name] for name in rows if name.endswith(".small.gate_proj.weight")), None),
+        small_intermediate_size=known.small_intermediate_size or None
+        if known
+        else next((rows[name] for name in rows if name.endswith(".small.gate_proj.weight")), None),
         vocab_size=known.vocab_size if known else embedded,
         tied_head=("lm_head.weight" not in tensors if rows else None) if tied is None else bool(tied),
         attention_bias=any(name.endswith("q_proj.bias") for name in tensors),
@@ -154,6 +156,11 @@ def inspect(checkpoint: Checkpoint, source: str) -> Inspection:
         problems=tuple(problems),
         commands=_commands(source, checkpoint, kind, quantised is not None, keymap is not None, bool(problems)),
     )
+
+
+def _range(width: int | tuple[int, ...] | None) -> str:
+    """A width, or those from the narrowest to the widest."""
+    return f"{min(width)} to {max(width)}" if isinstance(width, tuple) else str(width)
 
 
 def _rows(tensors: Tensors) -> dict[str, int]:

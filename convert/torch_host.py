@@ -10,6 +10,7 @@ There is no strategy here: big and small both see every token, and a token's rou
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from duo_mlx.errors import DuoError
 from duo_mlx.routes import LETTERS, Route
 
 LAYERS = ("layers", "h", "blocks")  # names of the list of a model's decoder layers
 FFNS = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe", "shared_mlp")  # names of a layer's FFN
+MAPS = (nn.Linear, Conv1D)
 TWO_MATRICES = ("fc1", "activation_fn", "fc2")  # an FFN that a layer spells out, as OPT's does
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -85,6 +88,58 @@ class GatedFFN(nn.Module):
         return found
 
 
+class NestedFFN(nn.Module):
+    """A small FFN of big's first neurons with a down projection of its own, as `duo_mlx.nested` has it.
+
+    Args:
+        big: a module with two or three linear maps. It is no child, so that its weights have one name.
+        hidden: width of its inputs and outputs.
+        width: how many of big's neurons it has.
+        bias: whether its down projection has a bias.
+
+    Raises:
+        DuoError: big has other maps, or fewer neurons.
+    """
+
+    def __init__(self, big: nn.Module, hidden: int, width: int, bias: bool):
+        super().__init__()
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
+        shapes = {name: _matrix(part).shape for name, part in big.named_children() if isinstance(part, MAPS)}
+        down = [name for name, (outputs, inputs) in shapes.items() if outputs == hidden != inputs]
+        if len(shapes) not in (2, 3) or len(down) != 1:
+            raise DuoError(f"{type(big).__name__}: no small FFN can be nested in it")
+        if width > (neurons := shapes[down[0]][1]):
+            raise DuoError(f"a nested small FFN has {width} neurons, and its big one only {neurons}")
+        self._big, self._down, self._reads = (big,), down[0], tuple(name for name in shapes if name != down[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        big, width = self._big[0], self.down_proj.in_features
+        made = copy(big)
+        made._modules = {**big._modules, self._down: self.down_proj}
+        for name in self._reads:
+            part: Any = big.get_submodule(name)
+            made._modules[name] = _Map(_matrix(part)[:width], None if part.bias is None else part.bias[:width])
+        found: Tensor = made(x)
+        return found
+
+
+class _Map(nn.Module):
+    """A linear map whose weights are not its own."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self._arrays = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self._arrays)
+
+
+def _matrix(part: Any) -> Tensor:
+    """A linear map's weights ``[outputs, inputs]``."""
+    found: Tensor = part.weight.T if isinstance(part, Conv1D) else part.weight
+    return found
+
+
 class TwoMatrices(nn.Module):
     """The FFN of a layer that has its matrices as attributes of its own."""
 
@@ -102,17 +157,16 @@ class TorchDuoFFN(nn.Module):
 
     Args:
         big: the layer's own; one that returns a tuple keeps doing so, its first item is routed.
-        small: None where small means big.
         router: a linear map to a logit a choice, or None.
         choices: the routes that the router's rows stand for.
         layer: the layer's index.
     """
 
-    def __init__(
-        self, big: nn.Module, small: nn.Module | None, router: nn.Module | None, choices: Sequence[int], layer: int
-    ):
+    small: nn.Module | None  # None where small means big
+
+    def __init__(self, big: nn.Module, router: nn.Module | None, choices: Sequence[int], layer: int):
         super().__init__()
-        self.big, self.small, self.router = big, small, router
+        self.big, self.small, self.router = big, None, router
         self.choices, self.layer = tuple(choices), layer
 
     def decide(self, x: Tensor) -> Tensor:
@@ -183,6 +237,7 @@ def host(
     activation: str = "silu",
     small_bias: bool = False,
     *,
+    nested: bool = False,
     router_choices: str = "",
     router_bias: bool = False,
     router_looks_ahead: bool = False,
@@ -198,6 +253,7 @@ def host(
         small_width: inner width of the small FFNs, one for all or one a layer; 0: small means big.
         activation: of the small FFNs' gates, one of `ACTIVATIONS`.
         small_bias: whether the small FFNs' projections have biases.
+        nested: whether small FFNs are big's first neurons, see `NestedFFN`; then they have big's activation.
         router_choices: the routes that routers choose between, such as "sB"; empty: no routers.
         router_bias: whether a router adds a bias to its logits.
         router_looks_ahead: whether a router sees twice the hidden size, see `duo_mlx.convert.torch_reference`.
@@ -217,10 +273,14 @@ def host(
     choices = [LETTERS.index(letter) for letter in router_choices]
     ffns = []
     for layer, (block, width) in enumerate(zip(blocks, widths, strict=True)):
-        small = GatedFFN(hidden, width, activation, small_bias) if width else None
         seen = 2 * hidden if router_looks_ahead else hidden
         router = nn.Linear(seen, len(choices), bias=router_bias) if choices else None
-        ffns.append(_replace(block, partial(TorchDuoFFN, small=small, router=router, choices=choices, layer=layer)))
+        ffn = _replace(block, partial(TorchDuoFFN, router=router, choices=choices, layer=layer))
+        if width and nested:
+            ffn.small = NestedFFN(ffn.big, hidden, width, small_bias)
+        elif width:
+            ffn.small = GatedFFN(hidden, width, activation, small_bias)
+        ffns.append(ffn)
     if skip_scope == "layer":
         for block, ffn in zip(blocks, ffns, strict=True):
             skip_layers(block, ffn)

@@ -53,15 +53,16 @@ class TorchDuo:
         tokens = torch.arange(min(8, config["vocab_size"])).unsqueeze(0)
         before = self._logits(tokens)
         layers = _by_layer(parts)
-        widths = [
-            len(layers.get(layer, {}).get("small.gate_proj.weight", ()))
+        down = [
+            layers.get(layer, {}).get("small.down_proj.weight")
             for layer in range(self.model.config.get_text_config().num_hidden_layers)
         ]
         self.ffns = host(
             self.model,
-            widths,
+            [0 if weight is None else weight.shape[1] for weight in down],
             config.get("small_activation", "silu"),
             any(re.search(r"\.small\.\w+\.bias$", name) for name in parts),
+            nested=config.get("small_kind") == "nested",
             router_choices=config.get("router_choices", ""),
             router_bias=any(name.endswith("router.bias") for name in parts),
             router_looks_ahead=config.get("router_looks_ahead", False),

@@ -38,10 +38,11 @@ class Config:
     """A Duo's config.json: its own keys as fields, and the base model's keys in ``base``."""
 
     base: dict[str, Any]  # what mlx-lm's Config of the base reads, ``model_type`` included
-    small_intermediate_size: int = 0  # 0 where no layer has a small FFN
+    small_intermediate_size: int | tuple[int, ...] = 0  # of all small FFNs, or one a layer; 0: the layer has none
     small_layers: tuple[int, ...] | None = None  # layers that have a small FFN; in the others small means big
     small_bias: bool = False  # whether the small FFNs' projections have biases, whatever mlp_bias says of big's
     small_activation: str = "silu"  # of the small FFNs' gates, one of `ACTIVATIONS`
+    small_kind: str = "own"  # "own": a gated FFN; "nested": big's first neurons, with a down projection of its own
     skip_scope: str = "ffn"  # what SKIP bypasses: "ffn", or "layer" (attention too; keys and values are still written)
     router_choices: str = ""  # the routes that the layers' routers choose between, such as "sB"; empty: no routers
     router_bias: bool = False  # whether a router adds a bias to its logits
@@ -56,9 +57,11 @@ class Config:
         for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise DuoError(f"config.json: {name} is {value!r}; it must be a positive integer")
-        layers, width = self.num_hidden_layers, self.small_intermediate_size
-        if type(width) is not int or width < (self.small_layers is None or bool(self.small_layers)):
-            raise DuoError(f"config.json: small_intermediate_size is {width!r}; it must be a positive integer")
+        layers = self.num_hidden_layers
+        needed = self.small_layers is None or bool(self.small_layers)
+        object.__setattr__(self, "small_intermediate_size", _widths(self.small_intermediate_size, layers, needed))
+        if self.small_kind not in ("own", "nested"):
+            raise DuoError(f"config.json: small_kind is {self.small_kind!r}; it must be 'own' or 'nested'")
         if self.skip_scope not in ("ffn", "layer"):
             raise DuoError(f"config.json: skip_scope is {self.skip_scope!r}; it must be 'ffn' or 'layer'")
         if self.small_activation not in ACTIVATIONS:
@@ -151,13 +154,20 @@ class Config:
         except KeyError:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
 
+    def small_width(self, layer: int) -> int:
+        """How many neurons the layer's small FFN has; 0 where it has none."""
+        if self.small_layers is not None and layer not in self.small_layers:
+            return 0
+        width = self.small_intermediate_size
+        return width if isinstance(width, int) else width[layer]
+
     def has_small(self, layer: int) -> bool:
         """Whether the layer has a small FFN of its own."""
-        return self.small_layers is None or layer in self.small_layers
+        return self.small_width(layer) > 0
 
     def realised(self, routes: Routes) -> Routes:
         """What ``routes [..., layers]`` come to: big where a layer without a small FFN is asked for small."""
-        if self.small_layers is None:
+        if self.small_layers is None and isinstance(self.small_intermediate_size, int):
             return routes
         big_only = np.array([not self.has_small(layer) for layer in range(self.num_hidden_layers)])
         return np.where(big_only & (routes == Route.SMALL), np.uint8(Route.BIG), routes)
@@ -260,6 +270,20 @@ def _check_pattern(key: str, given: Any, layers: int) -> None:
         parse_pattern(given, layers)
     except DuoError as error:
         raise DuoError(f"config.json: {key}: {error}") from None
+
+
+def _widths(given: Any, layers: int, needed: bool) -> int | tuple[int, ...]:
+    """``given`` as it is meant: one width for all layers, or one a layer."""
+    if type(given) is int and given >= needed:
+        return given
+    if isinstance(given, list | tuple) and len(given) == layers:
+        widths = tuple(given)
+        if all(type(width) is int and width >= 0 for width in widths) and (any(widths) or not needed):
+            return widths
+    raise DuoError(
+        f"config.json: small_intermediate_size is {given!r}; it must be a positive integer, or a list of one width for "
+        f"each of the {layers} layers, 0 where a layer has no small FFN"
+    )
 
 
 def _layer_numbers(given: Any, layers: int) -> tuple[int, ...]:

@@ -48,12 +48,13 @@ def layer_parameters(args: Config) -> RouteTable:
     head_dim = args.head_dim
     queries = 2 * args.hidden_size * args.num_attention_heads * head_dim  # q_proj and o_proj
     keys = 2 * args.hidden_size * args.num_key_value_heads * head_dim  # k_proj and v_proj, which even a skip writes
-    small, big = (3 * args.hidden_size * inner for inner in (args.small_intermediate_size, args.intermediate_size))
+    big = 3 * args.hidden_size * args.intermediate_size
     skip = keys if args.skip_scope == "layer" else queries + keys
     by_route = np.zeros((args.num_hidden_layers, len(Route)), np.int64)
     by_route[:, Route.SKIP], by_route[:, Route.BIG] = skip, queries + keys + big
     for layer in range(args.num_hidden_layers):
-        by_route[layer, Route.SMALL] = queries + keys + (small if args.has_small(layer) else big)
+        small = 3 * args.hidden_size * args.small_width(layer)
+        by_route[layer, Route.SMALL] = queries + keys + (small or big)
     return RouteTable(0, by_route)
 
 

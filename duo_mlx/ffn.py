@@ -1,4 +1,4 @@
-"""A layer's FFNs: the base's own as big, a gated one as small, and a router beside them.
+"""A layer's FFNs: the base's own as big, another as small, and a router beside them.
 
 `DuoFFN` stands in a block in the place of the FFN that it holds as big. Routes are no argument of a block's call to its
 FFN, so a DuoFFN reads them from the pass that is open (`duo_mlx.hosting`).
@@ -14,6 +14,7 @@ from mlx_lm.models.activations import swiglu
 from duo_mlx.config import Config
 from duo_mlx.forms import ACTIVATIONS
 from duo_mlx.hosting import current
+from duo_mlx.nested import NestedFFN
 
 FFN = Any  # a module: [..., hidden] to [..., hidden]
 
@@ -73,7 +74,8 @@ class DuoFFN(nn.Module):
 
     Args:
         big: the base's own FFN.
-        small: the other one; None where the layer has none, and the small route uses the big one.
+        small: the other one; None where the layer has none, and the small route uses the big one. A nested one stands
+            here with what is its own, and as the attribute ``small`` with what it shares with big, too.
         router: of the layer, if it has one.
         index: of the layer.
     """
@@ -90,7 +92,10 @@ class DuoFFN(nn.Module):
         self.index = index
 
     def __getattr__(self, key: str) -> Any:
-        return super().__getattr__("big" if key == "small" and "small" not in self else key)
+        if key != "small":
+            return super().__getattr__(key)
+        small = self.get("small", self.big)
+        return small.within(self.big) if isinstance(small, NestedFFN) else small
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return what the open pass makes of ``x [..., hidden]``; big's output where no pass is open."""

@@ -59,10 +59,7 @@ def form(module: nn.Module) -> Form | None:
 
     The trial is made once for each class and configuration.
     """
-    key = _key(module)
-    if key not in _kinds:
-        _kinds[key] = _trial(module)
-    kind = _kinds[key]
+    kind = _kind(module)
     if kind is None:
         return None
     *gate, up, down = (module[name] for name in kind.names)
@@ -80,6 +77,12 @@ def unknown(module: nn.Module) -> str:
     return "; ".join([f"{kind} is not known as a gated FFN or one of two linear maps", *others])
 
 
+def names(module: nn.Module) -> tuple[str, ...] | None:
+    """Return the names of an FFN's linear maps, that of the down projection last; None where `form` is None."""
+    kind = _kind(module)
+    return None if kind is None else kind.names
+
+
 class _Kind(NamedTuple):
     """What a trial found: the names of the linear maps in the order of the form's fields."""
 
@@ -88,6 +91,13 @@ class _Kind(NamedTuple):
 
 
 _kinds: dict[Hashable, _Kind | None] = {}
+
+
+def _kind(module: nn.Module) -> _Kind | None:
+    key = _key(module)
+    if key not in _kinds:
+        _kinds[key] = _trial(module)
+    return _kinds[key]
 
 
 class _Same:

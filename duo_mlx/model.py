@@ -24,6 +24,7 @@ from duo_mlx.ffn import DuoFFN, GatedFFN, RouterWeights
 from duo_mlx.forward import Forward
 from duo_mlx.hosting import primitives
 from duo_mlx.lookahead import LookAhead
+from duo_mlx.nested import NestedFFN
 from duo_mlx.router import LinearRouter, Router
 from duo_mlx.routes import LETTERS
 from duo_mlx.skipping import Skippable
@@ -91,10 +92,12 @@ class Model(nn.Module):
 
     def _replace_ffn(self, block: nn.Module, index: int) -> DuoFFN:
         config, name = self.config, hosting.ffn_name(block)
-        small = None
-        if config.has_small(index):
-            width = config.small_intermediate_size
-            small = GatedFFN(config.hidden_size, width, config.small_activation, config.small_has_bias)
+        small: nn.Module | None = None
+        if width := config.small_width(index):
+            if config.small_kind == "nested":
+                small = NestedFFN(block[name], config.hidden_size, width, config.small_bias)
+            else:
+                small = GatedFFN(config.hidden_size, width, config.small_activation, config.small_has_bias)
         router = RouterWeights(config) if config.router_choices else None
         block[name] = made = DuoFFN(block[name], small, router, index)
         return made

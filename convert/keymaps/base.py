@@ -128,7 +128,7 @@ def join(names: Sequence[str], parts: Sequence[Tensor]) -> Tensor:
 def widths(config: Mapping[str, Any]) -> dict[str, int]:
     """A model's sizes: heads, kv_heads, head_dim, hidden, q and kv (rows of q_proj and k_proj), big and small.
 
-    Those that the configuration does not give are left out.
+    Those that the configuration does not give are left out, and small where it differs from layer to layer.
 
     Raises:
         DuoError: a key is no positive integer.
@@ -145,6 +145,8 @@ def widths(config: Mapping[str, Any]) -> dict[str, int]:
     for size, key in keys.items():
         value = config.get(key)
         if value is None or (key == "num_key_value_heads" and value == 0):  # both mean: as many as the others
+            continue
+        if size == "small" and isinstance(value, list | tuple):
             continue
         if type(value) is not int or value < 1:
             raise DuoError(f"config.json: {key} is {value!r}; it must be a positive integer")

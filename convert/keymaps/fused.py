@@ -32,8 +32,8 @@ class Fused:
             module, _, whole = match[2].rpartition(".")
             if whole == "qkv":
                 sizes = [width(config, size) for size in ("q", "kv", "kv")]
-            else:
-                sizes = [width(config, "small" if module == "mlp.small" else "big")] * 2
+            else:  # layers may have small FFNs of different widths
+                sizes = [tensor.shape[0] // 2] * 2
             names = [f"{match[1]}{module}.{part}_proj{match[3]}" for part in PARTS[whole]]
             pieces += [(name, *part) for part in zip(names, split(name, tensor, sizes), strict=True)]
         return collect(pieces)

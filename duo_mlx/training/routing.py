@@ -45,7 +45,7 @@ class RandomRouting:
     text_losses: ClassVar[tuple[str, ...]] = tuple(UNIFORM)
 
     def learns(self, name: str) -> bool:
-        if ".mlp.small." in name:
+        if ".small." in name:
             return self.small > 0
         if ".mlp.big." in name:
             return self.big > 0 or self.whole_big > 0

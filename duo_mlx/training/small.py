@@ -29,7 +29,7 @@ class SmallLearns(RandomRouting):
     """Random routing, in which nothing but the small FFNs learns."""
 
     def learns(self, name: str) -> bool:
-        return ".mlp.small." in name
+        return ".small." in name
 
 
 @dataclass(frozen=True)
