@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duo_mlx.convert import dense
+from duo_mlx.convert.tensors import Tensor, Tensors
 from duo_mlx.convert.writer import write_weights
 from duo_mlx.files import writing
 from duo_mlx.model import Model
@@ -25,14 +26,7 @@ def sort_neurons(directory: Path, model: Model, orders: Mapping[int, NDArray[np.
     Raises:
         DuoError: a file cannot be written.
     """
-    tensors = dict(dense.written(directory))
-    for layer, order in orders.items():
-        path, *reads, down = f"{model.ffn_paths[layer]}.big", *linear_maps(model.ffns[layer].big)
-        for name in reads:
-            for part in ("weight", "bias"):
-                if (whole := f"{path}.{name}.{part}") in tensors:
-                    tensors[whole] = tensors[whole].apply(_taken(order, 0))
-        tensors[f"{path}.{down}.weight"] = tensors[f"{path}.{down}.weight"].apply(_taken(order, 1))
+    tensors = in_order(dense.written(directory), model, orders)
     old = sorted(directory.glob("model*.safetensors*"))
     with writing(made := directory / "sorted"):
         made.mkdir()
@@ -42,6 +36,19 @@ def sort_neurons(directory: Path, model: Model, orders: Mapping[int, NDArray[np.
     for file in sorted(made.iterdir()):
         file.replace(directory / file.name)
     made.rmdir()
+
+
+def in_order(tensors: Tensors, model: Model, orders: Mapping[int, NDArray[np.intp]]) -> dict[str, Tensor]:
+    """Return a model's ``tensors`` with sorted neurons; arguments as of `sort_neurons`."""
+    found = dict(tensors)
+    for layer, order in orders.items():
+        path, *reads, down = f"{model.ffn_paths[layer]}.big", *linear_maps(model.ffns[layer].big)
+        for name in reads:
+            for part in ("weight", "bias"):
+                if (whole := f"{path}.{name}.{part}") in found:
+                    found[whole] = found[whole].apply(_taken(order, 0))
+        found[f"{path}.{down}.weight"] = found[f"{path}.{down}.weight"].apply(_taken(order, 1))
+    return found
 
 
 def _taken(order: NDArray[np.intp], axis: int) -> Callable[[mx.array], mx.array]:

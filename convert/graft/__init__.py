@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -58,8 +58,7 @@ class Graft:
             raise DuoError(f"--calibration-tokens is {self.tokens}; it must be at least {LEAST}")
 
 
-@dataclass(frozen=True)
-class Grafted:
+class Grafted(NamedTuple):
     """What a graft made."""
 
     tensors: dict[str, Tensor]  # weights of small by the model's names, in float32

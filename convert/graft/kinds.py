@@ -66,7 +66,7 @@ class Own:
         linear = round(self.linear_share * self.inner)
         metric = self.state.load(f"metric-{layer}")
         found = solve(moments, Copyable.of(neurons, moments.inputs), metric, self.inner, linear, self.activation)
-        return _OwnSmall(found, self.activation)
+        return OwnSmall(found, self.activation)
 
     def config(self) -> dict[str, Any]:
         found: dict[str, Any] = {"small_intermediate_size": self.inner, "small_bias": True}
@@ -78,7 +78,9 @@ class Own:
 
 
 @dataclass(frozen=True)
-class _OwnSmall:
+class OwnSmall:
+    """A gated FFN of its own with its activation."""
+
     weights: SmallFFN
     activation: str
 
