@@ -27,8 +27,11 @@ from duo_mlx.lookahead import LookAhead
 from duo_mlx.router import LinearRouter, Router
 from duo_mlx.routes import LETTERS
 from duo_mlx.skipping import Skippable
+from duo_mlx.transformers_config import register
 
 __all__ = ["Config", "KnownPattern", "Model", "ModelArgs"]
+
+register()  # stock mlx-lm imports this module before it loads the tokenizer
 
 ModelArgs = Config  # mlx-lm's name for what a model file's `Model` takes
 GivenRoutes = NDArray[np.integer] | mx.array | Sequence[int] | Router
