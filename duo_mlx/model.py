@@ -25,7 +25,7 @@ from duo_mlx.forward import Forward
 from duo_mlx.hosting import primitives
 from duo_mlx.lookahead import LookAhead
 from duo_mlx.router import LinearRouter, Router
-from duo_mlx.routes import LETTERS
+from duo_mlx.routes import LETTERS, Route
 from duo_mlx.skipping import Skippable
 from duo_mlx.transformers_config import register
 
@@ -90,7 +90,12 @@ class Model(nn.Module):
         vars(self).update(trunk=trunk, ffns=ffns, parts=parts)
         for index, block in enumerate(blocks):
             hosting.open_up(block, hosting.Block, index)
+            block.duo_default = self._default
         hosting.open_up(trunk, hosting.Trunk)
+
+    def _default(self) -> Forward:
+        """A pass by ``default_route`` for a layer that is called outside of a pass."""
+        return Forward([Route(route) for route in self.config.default_pattern.tolist()], "auto", self.parts)
 
     def _replace_ffn(self, block: nn.Module, index: int) -> DuoFFN:
         config, name = self.config, hosting.ffn_name(block)
