@@ -36,7 +36,7 @@ def tensors(model):
 
 
 def config_of(directory):
-    return json.loads((directory / "config.json").read_text())
+    return checkpoint.read_config(directory)
 
 
 def spoiled(weights, name, by=0.01):
