@@ -1,6 +1,5 @@
 """Verifying: each path's numbers agree with another implementation's, and a wrong weight is found."""
 
-import json
 import shutil
 import sys
 
