@@ -25,6 +25,7 @@ from duo_mlx.device import on_cpu
 from duo_mlx.errors import DuoError
 from duo_mlx.files import foreign_content, output_file, write_text
 from duo_mlx.routes import Route, Routes
+from duo_mlx.transformers_config import flattened, nested
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -165,7 +166,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{file}: model_type is {config.get('model_type')!r}, so it is a dense model, not a Duo; "
             "duo-mlx convert DIR DST --graft --calibrate TEXT makes a Duo of it"
         )
-    return config
+    return flattened(config)
 
 
 def read_eos_ids(directory: Path, config: Mapping[str, Any]) -> list[int] | int | None:
@@ -254,7 +255,7 @@ def save(directory: Path, config: dict[str, Any], weights: dict[str, mx.array], 
 def save_config(directory: Path, config: dict[str, Any]) -> None:
     """Write the config.json of a Duo model, as mlx-lm would, and the model file that it names into a directory."""
     kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "vision_config")}
-    kept |= {"model_type": "duo", "model_file": MODEL_FILE, "duo_version": VERSION}
+    kept = nested(kept) | {"model_type": "duo", "model_file": MODEL_FILE, "duo_version": VERSION}
     if "quantization" in kept:
         kept["quantization_config"] = kept["quantization"]
     write_text(directory / "config.json", json.dumps(dict(sorted(kept.items())), indent=4) + "\n")
@@ -269,7 +270,7 @@ def save_default_draft(directory: Path, pattern: str, vocabulary: int | None = N
     config = read_config(directory) | {"default_draft": pattern}
     config |= {"draft_vocabulary": vocabulary} if vocabulary else {}
     with output_file(directory / "config.json", force=True) as file:
-        write_text(file, json.dumps(config, indent=4) + "\n")
+        write_text(file, json.dumps(nested(config) | {"duo_version": VERSION}, indent=4) + "\n")
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:

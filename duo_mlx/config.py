@@ -9,6 +9,7 @@ import numpy as np
 
 from duo_mlx.errors import DuoError
 from duo_mlx.routes import LETTERS, Route, Routes, parse_pattern
+from duo_mlx.transformers_config import flattened
 
 # How the names of a Duo's keys begin. Experts have routers, too, so only a Llama's "skip" and "rout" must be a Duo's.
 OWN = ("small_", "default_rout", "default_dra", "draft_")
@@ -29,7 +30,7 @@ HEADS = ("num_attention_heads", "n_head", "n_heads", "num_query_heads")
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "gelu_fast", "relu", "relu2")  # those of `duo_mlx.forms`
 
-VERSION = 1  # of a Duo's config.json and names; one that older packages cannot read gets the next number
+VERSION = 2  # of a Duo's config.json and names; one that older packages cannot read gets the next number
 NAMING = ("base_model_type", "model_file", "duo_version")  # keys of config.json that are neither the base's nor fields
 
 
@@ -115,6 +116,7 @@ class Config:
         Raises:
             DuoError: a key is missing or unusable.
         """
+        config = flattened(config)
         version = config.get("duo_version", VERSION)
         if type(version) is not int or version > VERSION:
             raise DuoError(

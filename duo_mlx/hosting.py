@@ -86,14 +86,19 @@ class Trunk:
 
 
 class Block:
-    """A block whose call goes through the open pass."""
+    """A block whose call goes through the open pass, or through one of its own.
+
+    mlx-lm's gradient checkpointing calls a block once more after the pass has ended.
+    """
 
     duo_index: int
+    duo_default: Callable[[], Opened]  # makes the pass of a call outside of one
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         made, call = _current.get(), super().__call__  # type: ignore[misc]
         if made is None:
-            return call(*args, **named)
+            with opened(self.duo_default()):
+                return Block.__call__(self, *args, **named)
         if args:
             return made.block(self.duo_index, call, args[0], args[1:], named)
         (first, h), *rest = named.items()  # a base that names all arguments

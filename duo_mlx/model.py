@@ -26,10 +26,13 @@ from duo_mlx.hosting import primitives
 from duo_mlx.lookahead import LookAhead
 from duo_mlx.nested import NestedFFN
 from duo_mlx.router import LinearRouter, Router
-from duo_mlx.routes import LETTERS
+from duo_mlx.routes import LETTERS, Route
 from duo_mlx.skipping import Skippable
+from duo_mlx.transformers_config import register
 
 __all__ = ["Config", "KnownPattern", "Model", "ModelArgs"]
+
+register()  # stock mlx-lm imports this module before it loads the tokenizer
 
 ModelArgs = Config  # mlx-lm's name for what a model file's `Model` takes
 GivenRoutes = NDArray[np.integer] | mx.array | Sequence[int] | Router
@@ -88,7 +91,12 @@ class Model(nn.Module):
         vars(self).update(trunk=trunk, ffns=ffns, parts=parts)
         for index, block in enumerate(blocks):
             hosting.open_up(block, hosting.Block, index)
+            block.duo_default = self._default
         hosting.open_up(trunk, hosting.Trunk)
+
+    def _default(self) -> Forward:
+        """A pass by ``default_route`` for a layer that is called outside of a pass."""
+        return Forward([Route(route) for route in self.config.default_pattern.tolist()], "auto", self.parts)
 
     def _replace_ffn(self, block: nn.Module, index: int) -> DuoFFN:
         config, name = self.config, hosting.ffn_name(block)

@@ -3,17 +3,22 @@
 A row's model is built once; pytest runs all tests of one row before the next.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from zlib import crc32
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import mlx_lm
 import numpy as np
 import pytest
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm import utils as mlx_lm_utils
-from mlx_lm.generate import generate_step
 from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.tuner import linear_to_lora_layers
 from mlx_lm.utils import quantize_model
 
 from duo_mlx import checkpoint, cost
@@ -26,6 +31,7 @@ from duo_mlx.routes import Route
 from tests.architectures import ARCHITECTURES, INSIDE, Architecture, modules
 
 TOKENS = 11
+PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3]]
 CHUNKS = (4, 1, 3, 3)
 HOSTED = [kind for kind, row in ARCHITECTURES.items() if not row.refused]
 REFUSED = [kind for kind, row in ARCHITECTURES.items() if row.refused]
@@ -182,9 +188,59 @@ def test_a_saved_model_loads_with_and_without_this_package(hosted, tmp_path):
     assert close(ours(hosted.tokens, routes=hosted.routes), hosted.routed)
     stock, _ = mlx_lm_utils.load_model(tmp_path, trust_remote_code=True)
     assert same(stock(hosted.tokens), ours(hosted.tokens))
-    prompt = hosted.tokens[0]
-    said = [[int(token) for token, _ in generate_step(prompt, model, max_tokens=4)] for model in (stock, hosted.base)]
-    assert said[0] == said[1] and len(said[0]) == 4
+
+
+def outcome(tool: Callable[..., Any], *args: Any) -> Any:
+    """What a tool of mlx-lm gives, or the error of one that a base does not support."""
+    try:
+        return tool(*args)
+    except (AttributeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def batch(model: Any, tokenizer: Any) -> list[list[int]]:
+    """The tokens that mlx-lm's batch generation says."""
+    return mlx_lm.batch_generate(model, tokenizer, PROMPTS, max_tokens=5, return_token_ids=True).token_ids
+
+
+def lora(model: Any, base_name: Callable[[str], str]) -> mx.array:
+    """Logits after one step of mlx-lm's LoRA training whose matrices were fused; they begin by their names."""
+    names = set(checkpoint.parameters(model))
+    tokens = mx.array(PROMPTS[1:])
+    model.freeze()
+    linear_to_lora_layers(model, len(model.layers), {"rank": 2, "scale": 2.0, "dropout": 0.0})
+    start = [
+        (name, mx.random.normal(value.shape, scale=0.1, key=mx.random.key(crc32(base_name(name).encode()))))
+        for name, value in tree_flatten(model.trainable_parameters())
+        if "lora_a" in name
+    ]
+    model.update(tree_unflatten(start))
+
+    def loss(model: Any) -> mx.array:
+        return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+    _, gradients = nn.value_and_grad(model, loss)(model)
+    optim.SGD(1.0).update(model, gradients)
+    fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
+    model.update_modules(tree_unflatten(fused))
+    assert start and set(checkpoint.parameters(model)) == names
+    return model(tokens)
+
+
+def test_stock_tools_give_what_they_give_for_the_base(hosted, tmp_path, write_tokenizer):
+    """Where a tool fails for the base, it fails for the Duo in the same way."""
+    checkpoint.save(tmp_path, duo_config(hosted.kind), checkpoint.parameters(hosted.model))
+    write_tokenizer(tmp_path)
+    stock, tokenizer = mlx_lm.load(str(tmp_path), trust_remote_code=True)
+    tokenizer._eos_token_ids = set()
+    base = without(stock)
+    said = [list(mlx_lm.stream_generate(model, tokenizer, "w1 w2 w9", max_tokens=5)) for model in (stock, base)]
+    assert len({tuple(response.token for response in each) for each in said}) == 1 and len(said[0]) == 5
+    assert outcome(batch, stock, tokenizer) == outcome(batch, base, tokenizer)
+    untrained = stock(mx.array(PROMPTS[1:]))
+    theirs = outcome(lora, base, str)
+    ours = outcome(lora, stock, stock.base_name)
+    assert ours == theirs if isinstance(theirs, str) else close(ours, theirs) and not close(ours, untrained)
 
 
 def test_the_table_says_whether_layers_run_one_by_one(hosted):

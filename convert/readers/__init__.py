@@ -14,6 +14,7 @@ from duo_mlx.convert.readers.local import open_local
 from duo_mlx.convert.readers.text import is_file, read_object
 from duo_mlx.convert.tensors import Checkpoint
 from duo_mlx.errors import DuoError
+from duo_mlx.transformers_config import flattened
 
 
 def open_checkpoint(
@@ -53,5 +54,5 @@ def open_checkpoint(
 def _packed(directory: Path, config: Path | None) -> dict[str, Any] | None:
     """The configuration of weights that are quantised and stay so; None: they are something else."""
     file = config or directory / "config.json"
-    found = read_object(file) if is_file(file) else {}
+    found = flattened(read_object(file)) if is_file(file) else {}
     return None if quantization(found) is None else found

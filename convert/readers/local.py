@@ -10,6 +10,7 @@ from duo_mlx.convert.readers.text import is_file, read_object, shown
 from duo_mlx.convert.tensors import Checkpoint, Tensor
 from duo_mlx.errors import DuoError
 from duo_mlx.files import PICKLES, foreign_content
+from duo_mlx.transformers_config import flattened
 
 # what a directory may hold, the first that is there is read
 NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -116,7 +117,7 @@ def read_config(source: Path, config: Path | None, bare: bool = False) -> dict[s
         if source.is_file():
             raise DuoError(f"{source}: has no config.json beside it; give one with --config FILE")
     try:
-        return read_object(file)
+        return flattened(read_object(file))
     except FileNotFoundError:
         raise DuoError(f"{file}: there is no such file; a model needs its config.json") from None
 

@@ -2,11 +2,14 @@
 
 The command NAME is the attribute ``command`` of ``duo_mlx/cli/NAME.py``; that of two words, ``FIRST SECOND``, is in
 ``FIRST_SECOND.py``, and ``FIRST`` may be a command, too, or not. Exit codes: 0 done; 2 wrong use or bad input,
-with one line on stderr; 130 after Ctrl-C. Every other exception is a defect and keeps its traceback.
+with one line on stderr; 130 after Ctrl-C or SIGTERM. Every other exception is a defect and keeps its traceback.
 """
 
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -75,7 +78,8 @@ class LazyGroup(click.Group):
         if not standalone_mode:
             return run(*args, standalone_mode=False, **kwargs)
         try:
-            result = run(*args, standalone_mode=False, **kwargs)
+            with _sigterm_as_ctrl_c():
+                result = run(*args, standalone_mode=False, **kwargs)
         except click.Abort as abort:
             if isinstance(abort.__cause__, EOFError):  # click takes it for the end of a dialogue; there is none here
                 raise abort.__cause__ from None
@@ -91,6 +95,19 @@ class LazyGroup(click.Group):
         except DuoError as error:
             _fail(str(error))
         sys.exit(result if isinstance(result, int) else 0)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that a command cleans up."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str) -> None:

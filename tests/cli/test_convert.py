@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import subprocess
 import sys
 
 import mlx.core as mx
@@ -196,6 +197,32 @@ def test_the_result_and_the_peak_are_said_on_standard_error(saved, tmp_path, suc
     assert done.stdout == ""
     before, said, after = done.stderr.partition(f"wrote {tmp_path / 'model'} (peak memory ")
     assert before == "" and said and 0.05 < float(after.removesuffix(" GB)\n")) < 20
+
+
+ENDED = """
+import os, signal, sys
+from duo_mlx.cli import main
+from duo_mlx.convert import directory
+
+whole = directory.write_weights
+
+def ended(made, *args, **kwargs):
+    whole(made, *args, **kwargs)
+    print(made.name, flush=True)
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+
+directory.write_weights = ended
+main(["convert", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_ends_it_leaves_nothing(saved, tmp_path, name):
+    command = [sys.executable, "-c", ENDED, name, str(saved()[0]), str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith(".model.") and done.stdout.endswith(".new\n")
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_hub_id_goes_to_the_reader_with_its_revision(saved, tmp_path, monkeypatch, succeed):

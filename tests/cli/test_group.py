@@ -209,8 +209,9 @@ def endless():
         process.kill()
 
 
-def test_ctrl_c_ends_without_a_traceback(endless):
-    endless.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_without_a_traceback(endless, number):
+    endless.send_signal(number)
     _, errors = endless.communicate(timeout=20)
     assert (endless.returncode, errors.strip()) == (130, "")
 

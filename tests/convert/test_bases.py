@@ -123,8 +123,8 @@ def weights_of(directory):
 def test_every_base_becomes_a_duo_that_is_itself_by_all_big(source, grafted, kind):
     directory, theirs = source(kind)
     duo = grafted(directory)
-    config = json.loads((duo / "config.json").read_text())
-    assert (config["model_type"], config["base_model_type"], config["duo_version"]) == ("duo", kind, 1)
+    config = checkpoint.read_config(duo)
+    assert (config["model_type"], config["base_model_type"], config["duo_version"]) == ("duo", kind, 2)
     said = json.loads((directory / "config.json").read_text())
     assert all(
         config[key] == value for key, value in said.items() if key not in ("model_type", "_name_or_path") and value
@@ -290,15 +290,16 @@ def test_numbers_are_held_against_mlx_lms_own_model(source, grafted, monkeypatch
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"duo_version": 2}, "the Duo is of version 2 and this package reads 1; a newer one may read it"),
+        ({"base_config": []}, r"base_config is \[\]; it must be an object"),
+        ({"duo_version": 3}, "the Duo is of version 3 and this package reads 2; a newer one may read it"),
         ({"base_model_type": "gone"}, "the installed mlx-lm has no architecture 'gone'"),
     ],
 )
 def test_a_directory_that_cannot_be_read_is_one_line(saved, tmp_path, changes, line):
     directory, model = saved()
-    config = json.loads((directory / "config.json").read_text()) | changes
+    config = json.loads((directory / "config.json").read_text())
     checkpoint.save(tmp_path, config, checkpoint.parameters(model))
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(DuoError, match=line) as error:
         checkpoint.read_model(tmp_path)
     assert "\n" not in str(error.value)

@@ -1,6 +1,5 @@
 """Verifying: each path's numbers agree with another implementation's, and a wrong weight is found."""
 
-import json
 import shutil
 import sys
 
@@ -36,7 +35,7 @@ def tensors(model):
 
 
 def config_of(directory):
-    return json.loads((directory / "config.json").read_text())
+    return checkpoint.read_config(directory)
 
 
 def spoiled(weights, name, by=0.01):
