@@ -268,7 +268,7 @@ def test_a_duo_of_another_base_from_pytorch(source, write_tokenizer, tmp_path):
 
 def test_a_base_that_is_not_itself_is_refused_and_leaves_nothing(source, grafted, monkeypatch, tmp_path):
     directory, _ = source("qwen3")
-    monkeypatch.setattr(guard, "all_big", lambda model, tokens: model(tokens, routes=[2, 2, 1, 2]) + 1)
+    monkeypatch.setattr(guard, "all_big", lambda model, tokens, **_: model(tokens, routes=[2, 2, 1, 2]) + 1)
     with pytest.raises(DuoError, match="no Duo can be hosted in a qwen3: with all routes big") as error:
         grafted(directory)
     assert "\n" not in str(error.value) and not (tmp_path / "duo").exists()
@@ -308,7 +308,7 @@ def test_the_guard_of_a_directory_reads_what_was_written(saved, monkeypatch):
     directory, _ = saved()
     conversion_guard.check(directory)
     monkeypatch.setattr(guard, "compare_graphs", lambda _: None)
-    monkeypatch.setattr(guard, "all_big", lambda model, tokens: model(tokens, routes=[2, 2, 1, 2]))
+    monkeypatch.setattr(guard, "all_big", lambda model, tokens, **_: model(tokens, routes=[2, 2, 1, 2]))
     with pytest.raises(DuoError, match="no Duo can be hosted in a llama"):
         conversion_guard.check(directory)
 
