@@ -20,6 +20,7 @@ from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
 
 OWN = re.compile(r"(.+?)\.(big|small|router)\.(.+)")  # a module of a Duo's layer, in an FFN
+EXPERTS = re.compile(r".+\.experts\.(gate_up|down)_proj")  # of gpt-oss in float, as transformers saves them
 WRAPPED = "transformer."  # before the names of GPT-2 and its kin, where transformers saved it with a head
 
 
@@ -174,6 +175,8 @@ def in_duo(model: Model, tensors: Tensors, source: Path, sanitise: bool = True) 
             own.append((match[1], f"{match[2]}.{match[3]}", tensor))
     if not any(name.startswith(WRAPPED) for name in plan.shapes_of(model)):
         theirs = {name.removeprefix(WRAPPED): tensor for name, tensor in theirs.items()}
+    if model.kind == "gpt_oss":
+        theirs = dict(_outputs_first(name, tensor) for name, tensor in theirs.items())
     found: dict[str, Tensor] = {}
     renamed: dict[str, str] = {}  # what the FFNs are called there, and here
     for name, tensor in sanitised(model, theirs, source).items():
@@ -184,6 +187,14 @@ def in_duo(model: Model, tensors: Tensors, source: Path, sanitise: bool = True) 
         unknown = there is not None and here is None and name.startswith(f"{there}.")
         found[f"{there}.big{name.removeprefix(str(there))}" if unknown else model.big_name(name)] = tensor
     return found | {f"{renamed.get(ffn, ffn)}.{rest}": tensor for ffn, rest, tensor in own}
+
+
+def _outputs_first(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Experts that lie inputs first, in the layout and under the name that mlx-lm reads."""
+    if not EXPERTS.fullmatch(name) or len(tensor.shape) != 3:
+        return name, tensor
+    count, inputs, outputs = tensor.shape
+    return f"{name}.weight", tensor.apply(lambda array: array.swapaxes(1, 2), (count, outputs, inputs))
 
 
 def _mapped(
