@@ -101,10 +101,33 @@ def open_source(
             configuration is left to `Source.check`.
     """
     name = Path(source)
-    checkpoint = readers.open_checkpoint(source, config=config, revision=revision)
+
+    def judge(said: dict[str, Any]) -> None:
+        _judge(said, name, graft, dtype, default_route, router_choices)
+
+    checkpoint = readers.open_checkpoint(source, config=config, revision=revision, judge=judge)
     _refuse_quantised(checkpoint.config, name, dtype)
     found = _open(checkpoint, name, graft, key_map, rope, default_route, router_choices)
     return found if dtype is None else _cast(found, dtype)
+
+
+def _judge(
+    config: dict[str, Any],
+    name: Path,
+    graft: bool,
+    dtype: str | None,
+    default_route: str | None,
+    router_choices: str | None,
+) -> None:
+    """Refuse what a config.json alone shows to be no source, before weights are downloaded."""
+    _refuse_quantised(config, name, dtype)
+    made = settings.settings(config, name)
+    _check_kind(config, {}, name, graft)
+    if default_route is not None:
+        made["default_route"] = default_route
+    if router_choices is not None:
+        made["router_choices"] = router_choices
+    dense.empty(Config.from_dict(made))
 
 
 def _open(

@@ -5,6 +5,7 @@ float32, float16 and bfloat16 are kept bit for bit, GGUF's quantised types becom
 type is refused by name, as it would be changed or misread.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,16 @@ from duo_mlx.convert.readers.text import is_file, read_object
 from duo_mlx.convert.tensors import Checkpoint
 from duo_mlx.errors import DuoError
 
+Judge = Callable[[dict[str, Any]], object]
+
 
 def open_checkpoint(
-    source: str | Path, *, config: Path | None = None, revision: str | None = None, bare: bool = False
+    source: str | Path,
+    *,
+    config: Path | None = None,
+    revision: str | None = None,
+    bare: bool = False,
+    judge: Judge | None = None,
 ) -> Checkpoint:
     """What a checkpoint holds; nothing of it is loaded.
 
@@ -27,6 +35,7 @@ def open_checkpoint(
         config: a config.json in place of the checkpoint's own.
         revision: branch, tag or commit of a hub id.
         bare: a checkpoint without a config.json has an empty configuration, in place of being refused.
+        judge: is called with the configuration of a hub id before its weights are downloaded, and may raise.
 
     Raises:
         DuoError: there is no such checkpoint, it is damaged or incomplete, holds tensors of another type, or reading
@@ -41,7 +50,9 @@ def open_checkpoint(
         # a Path has lost nothing of a hub id: OWNER/NAME has no part that it would fold
         named = hub.parse(str(source))
         if named is not None:
-            directory, weights = hub.fetch(*named, revision)
+            if judge is not None and config is not None:
+                judge(read_object(config))
+            directory, weights = hub.fetch(*named, revision, judge if config is None else None)
             if (settings := _packed(directory, config)) is not None:
                 return stored.packed(directory, settings)
             return open_local(directory, config, weights, bare)

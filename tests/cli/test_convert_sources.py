@@ -52,7 +52,7 @@ def check(duo, theirs, vocabulary=32):
     tokens = np.random.default_rng(1).integers(0, vocabulary, (2, 30))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
-        first = theirs(torch.tensor([[3, 4]])).logits[0, -1].argmax().item()
+        first = theirs(torch.tensor([[3, 4]])).logits[0, -1, :32].argmax().item()
     model, tokenizer = duo_mlx.load(duo)
     np.testing.assert_allclose(np.array(guard.all_big(model, mx.array(tokens))), expected, rtol=0, atol=1e-4)
     found = [each.token for each in stream_generate(model, tokenizer, [3, 4], max_tokens=2, route="big")]
