@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
 from duo_mlx import checkpoint, guard, hosting
@@ -12,14 +13,18 @@ from duo_mlx.config import Config
 from duo_mlx.device import on_cpu
 
 TOKENS = 3  # reading the weights takes most of the time, and more than one token needs a mask
+LAYERS = 8  # in which every kind of layer has its turn: sliding and full attention, experts and dense FFNs
 
 Pass = tuple[mx.array, list[Any]]  # logits and the output of each layer, all unevaluated
 
 
 def check(directory: Path, dense: Path | None = None, config: Mapping[str, Any] | None = None) -> None:
-    """Refuse a Duo whose logits by all big are not bit for bit its base's.
+    """Refuse a Duo that is not bit for bit its base by all big.
 
-    Weights are read as the passes come to them, and forgotten.
+    Of a dense model that mlx-lm loads, logits are compared, so every weight that was written is held against its own.
+    Else a copy of the same weights without small FFNs is the base: the outputs of the first `LAYERS` layers are
+    compared, and the graph of all when the directory is read. Weights are read as the passes come to them, and
+    forgotten.
 
     Args:
         directory: the model directory.
@@ -38,7 +43,7 @@ def check(directory: Path, dense: Path | None = None, config: Mapping[str, Any] 
     outputs: list[mx.array] = []
     logits = guard.all_big(model, ids, on_block=lambda _, run, h: _kept(run(h), outputs))
     del model  # so that the passes hold no weight that they are done with
-    if not _equal((logits, outputs), theirs):
+    if not _equal((logits, outputs), theirs, whole=dense is not None):
         raise guard.refusal(made.base["model_type"])
 
 
@@ -74,8 +79,18 @@ def _in_float(model: Any) -> Any:
     return model
 
 
-def _equal(ours: Pass, theirs: Pass) -> bool:
-    """Whether logits are the same; both passes go from layer to layer together, so that each weight is read once."""
-    for each in zip(ours[1], theirs[1], strict=False):
+def _equal(ours: Pass, theirs: Pass, whole: bool) -> bool:
+    """Whether both passes are the same; they go from layer to layer together, so that each weight is read once."""
+    for each in list(zip(ours[1], theirs[1], strict=False))[: None if whole else LAYERS]:
         mx.eval(each)
-    return bool(mx.array_equal(ours[0], theirs[0], equal_nan=True).item())
+        if not all(_same(*pair) for pair in zip(_arrays(each[0]), _arrays(each[1]), strict=True)):
+            return False
+    return _same(ours[0], theirs[0]) if whole or len(ours[1]) <= LAYERS else True
+
+
+def _arrays(output: Any) -> list[mx.array]:
+    return [array for _, array in tree_flatten(output) if isinstance(array, mx.array)]
+
+
+def _same(a: mx.array, b: mx.array) -> bool:
+    return bool(mx.array_equal(a, b, equal_nan=True).item())

@@ -121,13 +121,15 @@ def _judge(
 ) -> None:
     """Refuse what a config.json alone shows to be no source, before weights are downloaded."""
     _refuse_quantised(config, name, dtype)
+    if packing.is_translated(config):  # only the weights show whether mlx-lm takes them
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
     made = settings.settings(config, name)
     _check_kind(config, {}, name, graft)
     if default_route is not None:
         made["default_route"] = default_route
     if router_choices is not None:
         made["router_choices"] = router_choices
-    dense.empty(Config.from_dict(made))
+    _empty(made, name)
 
 
 def _open(
@@ -151,7 +153,7 @@ def _open(
     made = settings.settle_router(made, router_choices, routers, name)
     made = settings.settle_head(made, mapped, name)
     mapped = plan.kept(mapped, made.get("tie_word_embeddings") is True)
-    model = dense.empty(Config.from_dict(made))
+    model = _empty(made, name)
     tensors = in_duo(model, mapped, name, sanitise="model_file" not in checkpoint.config)
     if packing.is_quantised(made):
         if not settings.is_duo(checkpoint.config):
@@ -161,6 +163,13 @@ def _open(
             }
         dense.pack(model, made["quantization"], tensors)
     return Source(name, checkpoint, made, tensors, plan.shapes_of(model), graft)
+
+
+def _empty(config: Mapping[str, Any], source: Path) -> Model:
+    try:
+        return dense.empty(Config.from_dict(dict(config)))
+    except DuoError as error:
+        raise DuoError(f"{source}: {error}") from None
 
 
 def describe(checkpoint: Checkpoint, name: Path, graft: bool) -> Source:

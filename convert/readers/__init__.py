@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from duo_mlx.convert import stored
-from duo_mlx.convert.packing import quantization
+from duo_mlx.convert.packing import is_translated, quantization
 from duo_mlx.convert.readers.local import open_local
 from duo_mlx.convert.readers.text import is_file, read_object
 from duo_mlx.convert.tensors import Checkpoint
@@ -42,8 +42,8 @@ def open_checkpoint(
             it would run code.
     """
     path = Path(source)
-    if path.is_dir() and (settings := _packed(path, config)) is not None:
-        return stored.packed(path, settings)
+    if path.is_dir() and (found := _quantised(path, config, bare)) is not None:
+        return found
     if not path.exists():
         from duo_mlx.convert.readers import hub  # the hub's library takes a while to import
 
@@ -53,16 +53,25 @@ def open_checkpoint(
             if judge is not None and config is not None:
                 judge(read_object(config))
             directory, weights = hub.fetch(*named, revision, judge if config is None else None)
-            if (settings := _packed(directory, config)) is not None:
-                return stored.packed(directory, settings)
+            if (found := _quantised(directory, config, bare)) is not None:
+                return found
             return open_local(directory, config, weights, bare)
     if revision is not None:
         raise DuoError(f"--revision: {source} is no hub id (OWNER/NAME)")
     return open_local(path, config, bare=bare)
 
 
-def _packed(directory: Path, config: Path | None) -> dict[str, Any] | None:
-    """The configuration of weights that are quantised and stay so; None: they are something else."""
+def _quantised(directory: Path, config: Path | None, bare: bool) -> Checkpoint | None:
+    """The checkpoint of weights that are quantised and stay so; None: they are something else."""
     file = config or directory / "config.json"
     found = read_object(file) if is_file(file) else {}
-    return None if quantization(found) is None else found
+    if quantization(found) is not None:
+        return stored.packed(directory, found)
+    if not is_translated(found):
+        return None
+    try:
+        return stored.translated(directory, found)
+    except DuoError:
+        if bare:  # whoever inspects it wants to know what else there is
+            return None
+        raise

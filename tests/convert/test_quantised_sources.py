@@ -4,11 +4,13 @@ import json
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 import pytest
 from mlx_lm.utils import load_model, quantize_model, save_model
 
 from duo_mlx import checkpoint, guard
-from duo_mlx.convert.directory import Bits
+from duo_mlx.convert import inspection
+from duo_mlx.convert.directory import Bits, Watch
 from duo_mlx.convert.source import open_source
 from duo_mlx.errors import DuoError
 from tests.convert.dense_kinds import weights_of
@@ -99,3 +101,51 @@ def test_a_quantised_source_takes_neither_bits_nor_a_type(quantised, grafted, tm
     with pytest.raises(DuoError, match="--dtype float16: .* is quantised"):
         grafted(directory, dtype="float16")
     assert not (tmp_path / "duo").exists()
+
+
+@pytest.fixture
+def by_awq(source, write_tokenizer, tmp_path):
+    """A directory of weights as AutoAWQ packs them: inputs first, the numbers of eight outputs in 32 bits."""
+    directory, _ = source("qwen3")
+    made = tmp_path / "awq"
+    made.mkdir()
+    random, found = np.random.default_rng(0), {}
+    for name, value in weights_of(directory).items():
+        if name.endswith("proj.weight"):
+            outputs, inputs = value.shape
+            prefix = name.removesuffix(".weight")
+            for part, rows in (("qweight", inputs), ("qzeros", inputs // 32)):
+                found[f"{prefix}.{part}"] = mx.array(random.integers(0, 2**32, (rows, outputs // 8), np.uint32))
+            found[f"{prefix}.scales"] = mx.array(random.uniform(0.01, 0.02, (inputs // 32, outputs)).astype(np.float32))
+        else:
+            found[name] = value
+    mx.save_safetensors(str(made / "model.safetensors"), found, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text()) | {"rope_theta": 10000.0}
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    (made / "config.json").write_text(json.dumps(config))
+    write_tokenizer(made)
+    return made
+
+
+def test_what_mlx_lm_packs_anew_is_as_it_packs_it(by_awq, grafted):
+    told = []
+    duo = grafted(by_awq, watch=Watch(note=told.append))
+    assert "weights are packed for MLX as mlx-lm loads them (awq)" in told
+    theirs, ours = load_model(by_awq)[0], checkpoint.read_model(duo)
+    weights = checkpoint.parameters(ours)
+    for name, value in checkpoint.parameters(theirs).items():
+        assert mx.array_equal(weights[ours.big_name(name)], value).item(), name
+    tokens = mx.array([[3, 9, 4, 20]])
+    assert mx.array_equal(guard.all_big(ours, tokens), theirs(tokens)).item()
+    assert inspection.describe(by_awq).problems == ()
+
+
+def test_what_mlx_lm_does_not_pack_is_refused(by_awq, grafted):
+    config = json.loads((by_awq / "config.json").read_text())
+    config["quantization_config"]["bits"] = 8
+    (by_awq / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        DuoError, match=r"its weights are quantised \(awq\); convert the model that .*Only bits=8"
+    ) as error:
+        grafted(by_awq)
+    assert "\n" not in str(error.value)
