@@ -157,6 +157,20 @@ def test_the_guard_of_a_directory_reads_what_was_written(saved, monkeypatch):
         conversion_guard.check(directory)
 
 
+@pytest.mark.parametrize("layer", [1, 3])
+def test_the_guard_of_a_deep_duo_looks_at_its_first_layers(saved, monkeypatch, layer):
+    directory, _ = saved()
+    monkeypatch.setattr(conversion_guard, "LAYERS", 2)
+    monkeypatch.setattr(guard, "compare_graphs", lambda _: None)
+    routes = [1 if index == layer else 2 for index in range(4)]
+    monkeypatch.setattr(guard, "all_big", lambda model, tokens, **hooks: model(tokens, routes=routes, **hooks))
+    if layer == 1:
+        with pytest.raises(DuoError, match="no Duo can be hosted in a llama"):
+            conversion_guard.check(directory)
+    else:
+        conversion_guard.check(directory)
+
+
 def test_hosting_reads_a_dense_directory_lazily(source, grafted):
     directory, _ = source("qwen3")
     found = open_source(directory, graft=True)
