@@ -89,7 +89,8 @@ def _equal(ours: Pass, theirs: Pass, whole: bool) -> bool:
 
 
 def _arrays(output: Any) -> list[mx.array]:
-    return [array for _, array in tree_flatten(output) if isinstance(array, mx.array)]
+    leaves: list[tuple[str, Any]] = list(tree_flatten(output))
+    return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
 
 
 def _same(a: mx.array, b: mx.array) -> bool:
