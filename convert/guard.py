@@ -89,7 +89,7 @@ def _equal(ours: Pass, theirs: Pass, whole: bool) -> bool:
 
 
 def _arrays(output: Any) -> list[mx.array]:
-    leaves: list[tuple[str, Any]] = list(tree_flatten(output))
+    leaves: Any = tree_flatten(output)
     return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
 
 
