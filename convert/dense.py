@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,9 +14,6 @@ from duo_mlx.convert.tensors import Tensors
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
 
-if TYPE_CHECKING:
-    pass
-
 
 def empty(config: Config) -> Model:
     """Return the model with weights that are never computed: it is there for their names and shapes.
@@ -26,6 +23,8 @@ def empty(config: Config) -> Model:
     """
     try:
         return Model(config)
+    except DuoError:
+        raise
     except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:  # mlx-lm's and MLX's words
         reason = " ".join(str(error).split())
         raise DuoError(f"config.json: no {config.base['model_type']} can be made of it: {reason}") from error

@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from duo_mlx.convert.readers import gguf_header
 from duo_mlx.convert.readers.gguf_metadata import CONTROL, TOKENIZER, token_ids
 from duo_mlx.convert.readers.text import shown
-from duo_mlx.convert.sentencepiece_bpe import CONFIG, SPACE, from_proto
-from duo_mlx.convert.tokenizer_config import surround
+from duo_mlx.convert.sentencepiece_bpe import SPACE, from_proto
+from duo_mlx.convert.tokenizer_config import PLAIN, surround
 from duo_mlx.errors import DuoError
 
 NORMAL, UNKNOWN, USER_DEFINED, BYTE = 1, 2, 4, 6  # token types, sentencepiece's numbers
@@ -181,7 +181,7 @@ def _gpt2_bpe(
     )
     plain = [token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED and token not in special]
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
-    return tokenizer, dict(CONFIG)
+    return tokenizer, dict(PLAIN)
 
 
 def _sentencepiece(

@@ -5,6 +5,8 @@ from typing import Any
 
 PACKED = {"mxfp4": (32, 4), "mxfp8": (32, 8)}  # quant_method that MLX computes with as it is: group size and bits
 
+FORMATS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "pack-quantized")  # of compressed-tensors, that mlx-lm knows
+
 
 def is_quantised(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of weights that MLX quantised."""
@@ -20,6 +22,21 @@ def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
         group_size, bits = PACKED[said["quant_method"]]
         return {"group_size": group_size, "bits": bits, "mode": said["quant_method"]}
     return None
+
+
+def is_translated(config: Mapping[str, Any]) -> bool:
+    """Whether weights are quantised by another tool, in a way of which mlx-lm's loader makes MLX's own form."""
+    said = theirs(config)
+    if quantization(config) is not None or not isinstance(said, dict):
+        return False
+    match said:
+        case {"quant_method": "awq" | "modelopt"}:
+            return True
+        case {"quant_method": "compressed-tensors", "format": found}:
+            return found in FORMATS
+        case {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [32, 32]}:
+            return True
+    return False
 
 
 def theirs(config: Mapping[str, Any]) -> Any:

@@ -20,10 +20,10 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from duo_mlx.convert.tokenizer_config import PLAIN
 from duo_mlx.errors import DuoError
 from duo_mlx.files import foreign_content
 
-CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 SPACE = "\u2581"  # what sentencepiece writes for a space
 FEW = 100  # pieces of equal score, to look at each pair of them
 TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* 0\r?\n")  # the first line of a file of Llama 3, which has the same name
@@ -89,7 +89,7 @@ def from_proto(proto: Any, added: bool = False, *, first_only: bool = False) -> 
     if added:
         tokenizer.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in plain])
     # split_special_tokens is transformers' word for reading special tokens in a text as text
-    config: dict[str, Any] = {**CONFIG, "split_special_tokens": True}
+    config: dict[str, Any] = {**PLAIN, "split_special_tokens": True}
     for role in ("unk", "bos", "eos", "pad"):
         number = getattr(processor, f"{role}_id")()
         if number >= 0:

@@ -20,6 +20,7 @@ from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
 
 OWN = re.compile(r"(.+?)\.(big|small|router)\.(.+)")  # a module of a Duo's layer, in an FFN
+EXPERTS = re.compile(r".+\.experts\.(gate_up|down)_proj")  # of gpt-oss in float, as transformers saves them
 WRAPPED = "transformer."  # before the names of GPT-2 and its kin, where transformers saved it with a head
 
 
@@ -100,10 +101,35 @@ def open_source(
             configuration is left to `Source.check`.
     """
     name = Path(source)
-    checkpoint = readers.open_checkpoint(source, config=config, revision=revision)
+
+    def judge(said: dict[str, Any]) -> None:
+        _judge(said, name, graft, dtype, default_route, router_choices)
+
+    checkpoint = readers.open_checkpoint(source, config=config, revision=revision, judge=judge)
     _refuse_quantised(checkpoint.config, name, dtype)
     found = _open(checkpoint, name, graft, key_map, rope, default_route, router_choices)
     return found if dtype is None else _cast(found, dtype)
+
+
+def _judge(
+    config: dict[str, Any],
+    name: Path,
+    graft: bool,
+    dtype: str | None,
+    default_route: str | None,
+    router_choices: str | None,
+) -> None:
+    """Refuse what a config.json alone shows to be no source, before weights are downloaded."""
+    _refuse_quantised(config, name, dtype)
+    if packing.is_translated(config):  # only the weights show whether mlx-lm takes them
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    made = settings.settings(config, name)
+    _check_kind(config, {}, name, graft)
+    if default_route is not None:
+        made["default_route"] = default_route
+    if router_choices is not None:
+        made["router_choices"] = router_choices
+    _empty(made, name)
 
 
 def _open(
@@ -127,7 +153,7 @@ def _open(
     made = settings.settle_router(made, router_choices, routers, name)
     made = settings.settle_head(made, mapped, name)
     mapped = plan.kept(mapped, made.get("tie_word_embeddings") is True)
-    model = dense.empty(Config.from_dict(made))
+    model = _empty(made, name)
     tensors = in_duo(model, mapped, name, sanitise="model_file" not in checkpoint.config)
     if packing.is_quantised(made):
         if not settings.is_duo(checkpoint.config):
@@ -137,6 +163,13 @@ def _open(
             }
         dense.pack(model, made["quantization"], tensors)
     return Source(name, checkpoint, made, tensors, plan.shapes_of(model), graft)
+
+
+def _empty(config: Mapping[str, Any], source: Path) -> Model:
+    try:
+        return dense.empty(Config.from_dict(dict(config)))
+    except DuoError as error:
+        raise DuoError(f"{source}: {error}") from None
 
 
 def describe(checkpoint: Checkpoint, name: Path, graft: bool) -> Source:
@@ -174,6 +207,8 @@ def in_duo(model: Model, tensors: Tensors, source: Path, sanitise: bool = True) 
             own.append((match[1], f"{match[2]}.{match[3]}", tensor))
     if not any(name.startswith(WRAPPED) for name in plan.shapes_of(model)):
         theirs = {name.removeprefix(WRAPPED): tensor for name, tensor in theirs.items()}
+    if model.kind == "gpt_oss":
+        theirs = dict(_outputs_first(name, tensor) for name, tensor in theirs.items())
     found: dict[str, Tensor] = {}
     renamed: dict[str, str] = {}  # what the FFNs are called there, and here
     for name, tensor in sanitised(model, theirs, source).items():
@@ -184,6 +219,14 @@ def in_duo(model: Model, tensors: Tensors, source: Path, sanitise: bool = True) 
         unknown = there is not None and here is None and name.startswith(f"{there}.")
         found[f"{there}.big{name.removeprefix(str(there))}" if unknown else model.big_name(name)] = tensor
     return found | {f"{renamed.get(ffn, ffn)}.{rest}": tensor for ffn, rest, tensor in own}
+
+
+def _outputs_first(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Experts that lie inputs first, in the layout and under the name that mlx-lm reads."""
+    if not EXPERTS.fullmatch(name) or len(tensor.shape) != 3:
+        return name, tensor
+    count, inputs, outputs = tensor.shape
+    return f"{name}.weight", tensor.apply(lambda array: array.swapaxes(1, 2), (count, outputs, inputs))
 
 
 def _mapped(

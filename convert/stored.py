@@ -8,7 +8,8 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from duo_mlx import checkpoint, shards
-from duo_mlx.convert.tensors import Checkpoint, Tensor, dtype_name
+from duo_mlx.convert import packing
+from duo_mlx.convert.tensors import DTYPES, Checkpoint, Tensor, dtype_name
 from duo_mlx.errors import DuoError
 
 PARTS = ("weight", "scales", "biases")  # of a quantised module
@@ -92,6 +93,32 @@ def packed(directory: Path, config: dict[str, Any]) -> Checkpoint:
     for file in files:
         tensors |= headers(file)
     return Checkpoint(directory, "safetensors", files, tensors, config)
+
+
+def translated(directory: Path, config: dict[str, Any]) -> Checkpoint:
+    """The checkpoint in a directory of weights that another tool quantised, as mlx-lm's loader packs them for MLX.
+
+    Raises:
+        DuoError: mlx-lm does not take them.
+    """
+    from mlx_lm import utils as mlx_lm_utils
+
+    files = tuple(sorted(directory.glob("model*.safetensors")))
+    for file in files:
+        headers(file)  # MLX would read past the end of a damaged one
+    try:
+        model, made = mlx_lm_utils.load_model(directory, lazy=True)
+    except Exception as error:  # noqa: BLE001 (mlx-lm raises whatever such files lead it to)
+        method = packing.theirs(config)["quant_method"]
+        raise DuoError(
+            f"{directory}: its weights are quantised ({method}); convert the model that it was made of, with weights "
+            f"in {', '.join(DTYPES)}, or one that MLX quantised (mlx-lm says: {' '.join(str(error).split())})"
+        ) from None
+    tensors = {name: Tensor.of(array) for name, array in checkpoint.parameters(model).items()}
+    found = {key: value for key, value in config.items() if key != "quantization_config"}
+    note = f"weights are packed for MLX as mlx-lm loads them ({packing.theirs(config)['quant_method']})"
+    packed_as = {"quantization": made["quantization"]}
+    return Checkpoint(directory, "safetensors", files, tensors, found | packed_as, (note,))
 
 
 def headers(file: Path) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 
 from duo_mlx.convert import tokenizer_config
 from duo_mlx.convert.readers.text import is_file, one_line
-from duo_mlx.convert.sentencepiece_bpe import CONFIG, from_sentencepiece
 from duo_mlx.convert.tensors import Checkpoint
 from duo_mlx.errors import DuoError
 from duo_mlx.files import foreign_content
@@ -44,12 +43,13 @@ def write_tokenizer(checkpoint: Checkpoint, destination: Path, vocab_size: int) 
     Raises:
         DuoError: as `write` and `duo_mlx.convert.gguf_tokenizer.write`.
     """
-    from duo_mlx.convert import gguf_tokenizer  # which builds on this module
-
     file = checkpoint.files[0]
-    if checkpoint.format == "GGUF" and not gguf_tokenizer.is_beside(file):
-        gguf_tokenizer.write(file, destination, vocab_size)
-        return None
+    if checkpoint.format == "GGUF":
+        from duo_mlx.convert import gguf_tokenizer  # sentencepiece, which it needs, takes a while to import
+
+        if not gguf_tokenizer.is_beside(file):
+            gguf_tokenizer.write(file, destination, vocab_size)
+            return None
     return write(file.parent, destination, vocab_size)
 
 
@@ -68,8 +68,10 @@ def write(source: Path, destination: Path, vocab_size: int) -> str | None:
         made = _read(origin)
         _copy(source, destination, COPIED)
         if not (source / "tokenizer_config.json").is_file():
-            _write_json(destination / "tokenizer_config.json", CONFIG)
+            _write_json(destination / "tokenizer_config.json", tokenizer_config.PLAIN)
     elif (source / "tokenizer.model").is_file():
+        from duo_mlx.convert.sentencepiece_bpe import from_sentencepiece  # whose libraries take a while to import
+
         origin = source / "tokenizer.model"
         said = tokenizer_config.read(source)
         made, config = from_sentencepiece(

@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from duo_mlx.convert.readers.text import is_file, read_object, shown
 from duo_mlx.errors import DuoError
 
+PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}  # where nothing is said
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 KEPT = ("chat_template", "model_max_length", "padding_side", "truncation_side", "split_special_tokens")
 SPECIAL = ("additional_special_tokens", "extra_special_tokens")

@@ -130,7 +130,11 @@ def read_model(directory: Path) -> "Model":
 
 
 def resolve(path: str | Path | None, revision: str | None = None) -> Path:
-    """The directory that ``path`` means: itself, the embedded model's, or the local copy of a hub repository."""
+    """The directory that ``path`` means: itself, the embedded model's, or the local copy of a hub repository.
+
+    Raises:
+        DuoError: there is none, or config.json, which is downloaded first, is of no Duo that can be hosted.
+    """
     if path is None:
         return EMBEDDED
     directory = Path(path)
@@ -142,12 +146,28 @@ def resolve(path: str | Path | None, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=HUB_FILES))
+        directory = Path(snapshot_download(str(path), revision=revision, allow_patterns=["config.json"]))
+        _judge(directory, str(path))
+        return Path(snapshot_download(str(path), revision=directory.name, allow_patterns=HUB_FILES))
     except HFValidationError:
         raise DuoError(f"{path}: there is no such directory, and it is no hub id (OWNER/NAME) either") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = _one_line(error).partition(". ")[0]
         raise DuoError(f"{path}: there is no such directory, and the hub does not give it: {reason}") from None
+
+
+def _judge(directory: Path, path: str) -> None:
+    """Refuse a directory with a config.json of no Duo that can be hosted; ``path`` is what the user said."""
+    from duo_mlx.config import Config
+    from duo_mlx.model import Model
+
+    try:
+        Model(Config.from_dict(read_config(directory)))
+    except DuoError as error:
+        said = str(error).removeprefix(f"{directory / 'config.json'}: ").removeprefix(f"{directory}: ")
+        raise DuoError(f"{path}: {said}") from None
+    except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:  # mlx-lm's and MLX's words
+        raise DuoError(f"{path}: config.json makes no model: {_one_line(error)}") from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:

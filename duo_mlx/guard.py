@@ -36,7 +36,7 @@ def refusal(kind: str) -> DuoError:
     )
 
 
-def all_big(model: Any, tokens: mx.array) -> mx.array:
-    """Logits ``[batch, tokens, vocab]`` of a pass by all big, unevaluated."""
-    logits: mx.array = model(tokens, routes=[int(Route.BIG)] * model.config.num_hidden_layers)
+def all_big(model: Any, tokens: mx.array, **hooks: Any) -> mx.array:
+    """Logits ``[batch, tokens, vocab]`` of a pass by all big, unevaluated; hooks as of `duo_mlx.forward.Forward`."""
+    logits: mx.array = model(tokens, routes=[int(Route.BIG)] * model.config.num_hidden_layers, **hooks)
     return logits

@@ -120,16 +120,18 @@ def test_a_path_that_is_no_model_is_refused(tmp_path):
 
 def test_a_hub_id_loads_from_the_cache_and_only_data_is_asked_for(saved, monkeypatch):
     directory, _ = saved()
-    asked = {}
+    calls = []
 
     def snapshot(repository, **kwargs):
-        asked.update(kwargs, repository=repository)
+        calls.append((repository, kwargs))
         return str(directory)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     loaded, _ = duo_mlx.load("owner/name", revision="v1")
     assert loaded.config.num_hidden_layers == 4
-    assert asked["repository"] == "owner/name" and asked["revision"] == "v1"
+    assert calls[0] == ("owner/name", {"revision": "v1", "allow_patterns": ["config.json"]})
+    name, asked = calls[1]
+    assert (name, asked["revision"]) == ("owner/name", directory.name)  # the commit, by its folder in the cache
     assert not any(pattern.endswith((".py", "*")) and pattern != "tokenizer*" for pattern in asked["allow_patterns"])
 
 

@@ -1,5 +1,6 @@
 """What an open pass is: routes reach the FFNs of the pass that they were given to, and nothing of it stays behind."""
 
+import sys
 import threading
 
 import mlx.core as mx
@@ -8,7 +9,7 @@ import pytest
 from mlx.utils import tree_map
 from mlx_lm.models import llama, qwen3
 
-from duo_mlx import hosting
+from duo_mlx import bases, hosting
 from duo_mlx.config import Config
 from duo_mlx.errors import DuoError
 from duo_mlx.ffn import DuoFFN
@@ -193,3 +194,12 @@ def test_skipping_a_whole_layer_is_leaving_it_out_but_for_keys_and_values(strate
     alone = model(TOKENS[:, :1], routes=[Route.SKIP] * LAYERS)
     untouched = model.head(model.trunk.norm(model.embedding(TOKENS[:, :1])))
     np.testing.assert_allclose(np.array(alone), np.array(untouched), rtol=0, atol=1e-5)
+
+
+def test_an_architecture_that_wants_another_package_is_refused_in_one_line(monkeypatch, capsys):
+    """mlx-lm's module of OLMo 1 ends the process when it is imported without one."""
+    monkeypatch.setitem(sys.modules, "hf_olmo", None)
+    monkeypatch.delitem(sys.modules, "mlx_lm.models.olmo", raising=False)
+    with pytest.raises(DuoError, match=r"^mlx-lm's olmo cannot be imported \(To run olmo install ai2-olmo") as error:
+        bases.classes({"model_type": "olmo"})
+    assert "\n" not in str(error.value) and capsys.readouterr().out == ""

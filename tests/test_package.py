@@ -32,6 +32,13 @@ def test_the_import_is_light():
     assert not modules_after("import duo_mlx; duo_mlx.__version__, duo_mlx.DuoError, dir(duo_mlx)") & HEAVY
 
 
+def test_a_conversion_imports_what_its_source_needs(saved, tmp_path):
+    arguments = [str(saved()[0]), str(tmp_path / "model")]
+    loaded = modules_after(f"from duo_mlx.cli import main\nmain(['convert', *{arguments}], standalone_mode=False)")
+    assert "mlx_lm" in loaded and not loaded & {"google", "matplotlib"}
+    assert (tmp_path / "model" / "config.json").exists()
+
+
 @pytest.mark.parametrize("name", duo_mlx.__all__)
 def test_every_public_name_is_there(name):
     assert getattr(duo_mlx, name).__name__ == name if name != "__version__" else duo_mlx.__version__

@@ -4,9 +4,10 @@
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from glob import escape
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
@@ -18,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from duo_mlx.convert.readers import local, meta, shards
-from duo_mlx.convert.readers.text import one_line
+from duo_mlx.convert.readers.text import one_line, read_object
 from duo_mlx.errors import DuoError
 
 # beside the weights: what the model and its tokenizer need
@@ -43,13 +44,16 @@ def parse(source: str) -> tuple[str, str | None] | None:
     return match["name"], match["file"]
 
 
-def fetch(name: str, file: str | None, revision: str | None) -> tuple[Path, Path]:
+def fetch(
+    name: str, file: str | None, revision: str | None, judge: Callable[[dict[str, Any]], object] | None = None
+) -> tuple[Path, Path]:
     """The local copy of a repository: its directory in the cache, and in that the weights file or index.
 
     Args:
         name: OWNER/NAME.
         file: the weights file to read; None: the one that `choose` finds.
         revision: branch, tag or commit; None: main.
+        judge: is called with what config.json says before anything large is downloaded, and may raise.
 
     Raises:
         DuoError: there is no such repository, revision or file, or the hub is out of reach and the cache lacks it.
@@ -62,6 +66,11 @@ def fetch(name: str, file: str | None, revision: str | None) -> tuple[Path, Path
         wanted = [str(folder / small) for small in (*SMALL, *parts)]
         if directory is not None:  # offline: what is there must do
             return directory, directory / chosen
+        config = str(folder / "config.json")
+        if judge is not None and config in names and not chosen.endswith(local.GGUF):
+            directory = _download(name, revision, [config])
+            judge(read_object(directory / config))
+            revision = directory.name  # the commit
         directory = _download(name, revision, wanted)
         if chosen.endswith(shards.SUFFIX):
             listed = set(shards.read_map(directory / chosen).values())

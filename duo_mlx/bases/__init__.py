@@ -1,5 +1,7 @@
 """Bases: the architectures that a Duo is hosted in, mlx-lm's own and those that mlx-lm lacks."""
 
+import io
+from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -22,8 +24,12 @@ def classes(config: dict[str, Any]) -> tuple[Any, Any]:
     if isinstance(kind, str) and kind.isidentifier() and find_spec(f"{__name__}.{kind}"):
         module = import_module(f"{__name__}.{kind}")
         return module.Model, module.ModelArgs
+    said = io.StringIO()
     try:
-        found: tuple[Any, Any] = _get_classes(config)
+        with redirect_stdout(said):
+            found: tuple[Any, Any] = _get_classes(config)
+    except SystemExit:  # a module that wants another package and ends the process
+        raise DuoError(f"mlx-lm's {kind} cannot be imported ({' '.join(said.getvalue().split())})") from None
     except (ValueError, KeyError, AttributeError):
         raise DuoError(
             f"the installed mlx-lm has no architecture {kind!r}, so no Duo can be hosted in it; "

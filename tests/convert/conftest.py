@@ -1,11 +1,19 @@
-"""GGUF files that the tests of the readers share."""
+"""GGUF files that the tests of the readers share, and dense models that become Duos without a graft."""
 
 import struct
+import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from duo_mlx.convert.calibration import Calibration
+from duo_mlx.convert.directory import convert
+from tests.convert import dense_kinds
 
 GGUF_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}
 LLAMA = {
@@ -121,3 +129,32 @@ def gguf() -> Callable[..., bytes]:
 def gguf_raw() -> Callable[..., bytes]:
     """``gguf_raw(kind, shape, seed=0)``: the content of a tensor."""
     return raw
+
+
+@pytest.fixture
+def grafted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """``grafted(source, **options)``: the Duo that `convert` makes of a dense directory, with random small FFNs."""
+
+    def make(source: Path, **options: Any) -> Path:
+        (tmp_path / "text.txt").write_text(" ".join(f"w{number % 29}" for number in range(300)))
+        solver: Any = types.ModuleType("duo_mlx.convert.graft")
+        solver.graft = dense_kinds.small_ffns
+        monkeypatch.setitem(sys.modules, solver.__name__, solver)
+        texts = Calibration((tmp_path / "text.txt",), 0)
+        graft: Any = dense_kinds.Graft()
+        convert(source, tmp_path / "duo", graft=graft, calibrate=texts, **options)
+        return tmp_path / "duo"
+
+    return make
+
+
+@pytest.fixture
+def source(write_tokenizer: Callable[[Path], None], tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
+    """``source(kind)``: a directory that transformers wrote, and its model."""
+
+    def make(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Path, Any]:
+        model = dense_kinds.save(tmp_path / "dense", kind, dtype, **changes)
+        write_tokenizer(tmp_path / "dense")
+        return tmp_path / "dense", model
+
+    return make

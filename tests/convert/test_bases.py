@@ -1,17 +1,14 @@
-"""Dense models of many architectures as sources: transformers' own directories, and what mlx-lm quantised."""
+"""Dense models of many architectures as sources: transformers' own directories."""
 
 import json
-import sys
-import types
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 import torch
-from mlx_lm.utils import load_model, quantize_model, save_model
+from mlx_lm.utils import load_model
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import duo_mlx
 from duo_mlx import checkpoint, guard, hosting
@@ -19,104 +16,11 @@ from duo_mlx.config import Config
 from duo_mlx.convert import dense, stored
 from duo_mlx.convert import directory as converting
 from duo_mlx.convert import guard as conversion_guard
-from duo_mlx.convert.calibration import Calibration
-from duo_mlx.convert.directory import Bits, convert
+from duo_mlx.convert.directory import convert
 from duo_mlx.convert.source import open_source
 from duo_mlx.convert.tensors import Tensor
 from duo_mlx.errors import DuoError
-
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 32,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
-BASES = {
-    "llama": {},
-    "mistral": {"sliding_window": 8},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma2": {"sliding_window": 64},
-    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "phi3": {},
-    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64},
-    "qwen3_moe": EXPERTS | {"moe_intermediate_size": 32},
-    "olmo2": {},
-    "olmo3": {"sliding_window": 8},
-    "glm4": {},
-    "granite": {},
-    "mixtral": {"num_local_experts": 4},
-    "smollm3": {},
-}
-GPT2 = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-
-
-class Graft:
-    """Stands in for the solving of small FFNs, which has tests of its own: theirs are random."""
-
-    small_layers = None
-    tokens = 256
-
-
-def small_ffns(model, *_):
-    random = np.random.default_rng(0)
-    hidden = model.config.hidden_size
-    shapes = {"gate_proj": (32, hidden), "up_proj": (32, hidden), "down_proj": (hidden, 32)}
-    smalls = {
-        f"{path}.small.{name}.weight": Tensor.of(mx.array(random.normal(0, 0.1, shape).astype(np.float32)))
-        for path in model.ffn_paths
-        for name, shape in shapes.items()
-    }
-    return types.SimpleNamespace(tensors=smalls, config={"small_intermediate_size": 32}, orders={})
-
-
-@pytest.fixture
-def grafted(monkeypatch, tmp_path):
-    """``grafted(source, **options)``: the Duo that `convert` makes of a dense directory."""
-
-    def make(source, **options):
-        (tmp_path / "text.txt").write_text(" ".join(f"w{number % 29}" for number in range(300)))
-        solver = types.ModuleType("duo_mlx.convert.graft")
-        solver.graft = small_ffns
-        monkeypatch.setitem(sys.modules, solver.__name__, solver)
-        texts = Calibration((tmp_path / "text.txt",), 0)
-        convert(source, tmp_path / "duo", graft=Graft(), calibrate=texts, **options)
-        return tmp_path / "duo"
-
-    return make
-
-
-@pytest.fixture
-def source(write_tokenizer, tmp_path):
-    """``source(kind)``: a directory that transformers wrote, and its model."""
-
-    def make(kind, dtype=torch.float32):
-        torch.manual_seed(0)
-        sizes = {key: value for key, value in SIZES.items() if kind != "gpt2" or key not in GPT2}
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes | BASES[kind])).eval()
-        with torch.no_grad():
-            for name, value in model.named_parameters():
-                value.add_(torch.randn_like(value) * (0.2 if value.ndim > 1 else 0.02) * ("embed" not in name))
-        model.to(dtype).save_pretrained(tmp_path / "dense")
-        write_tokenizer(tmp_path / "dense")
-        return tmp_path / "dense", model
-
-    return make
-
-
-def weights_of(directory):
-    found = {}
-    for file in sorted(directory.glob("model*.safetensors")):
-        found |= mx.load(str(file))
-    return found
+from tests.convert.dense_kinds import BASES
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -151,66 +55,6 @@ def test_stock_mlx_lm_loads_and_generates(source, grafted, kind):
     said = mlx_lm.generate(model, tokenizer, "w1 w2 w3", max_tokens=4)
     ours = duo_mlx.generate(*duo_mlx.load(duo), "w1 w2 w3", max_tokens=4)
     assert said == ours
-
-
-RECIPES = {
-    "4 bits": {"bits": 4, "group_size": 32},
-    "8 bits": {"bits": 8, "group_size": 32},
-    "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
-    "mixed": {"bits": 4, "group_size": 32},
-}
-
-
-def mixed(path, module):
-    if "down_proj" in path or "lm_head" in path:
-        return {"group_size": 32, "bits": 6, "mode": "affine"}
-    return hasattr(module, "to_quantized") and "v_proj" not in path
-
-
-@pytest.fixture
-def quantised(source, write_tokenizer, tmp_path):
-    """``quantised(kind, recipe)``: a directory in which mlx-lm quantised a model."""
-
-    def make(kind, recipe):
-        directory, _ = source(kind)
-        said = open_source(directory, graft=True).config
-        model, config = load_model(directory, model_config={"rope_theta": said["rope_theta"]})
-        predicate = mixed if recipe == "mixed" else None
-        model, config = quantize_model(model, config, **RECIPES[recipe], quant_predicate=predicate)
-        made = tmp_path / "quantised"
-        made.mkdir()
-        save_model(made, model)
-        (made / "config.json").write_text(json.dumps(config))
-        write_tokenizer(made)
-        return made
-
-    return make
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("small_bits", [None, 8])
-def test_big_stays_byte_for_byte_what_mlx_lm_quantised(quantised, grafted, recipe, small_bits):
-    directory = quantised("qwen2", recipe)
-    duo = grafted(directory, bits=Bits(None, small_bits, 32) if small_bits else None)
-    theirs, ours = weights_of(directory), weights_of(duo)
-    for name, value in theirs.items():
-        found = ours[name.replace(".mlp.", ".mlp.big.")]
-        assert found.dtype == value.dtype and mx.array_equal(found, value).item(), name
-    assert {ours[name].dtype for name in ours if ".small." in name} <= {mx.float32, mx.uint32}
-    assert ("model.layers.0.mlp.small.up_proj.scales" in ours) is (small_bits is not None)
-    assert sum(".small." not in name for name in ours) == len(theirs)
-    model, tokens = checkpoint.read_model(duo), mx.array([[3, 9, 4, 20]])
-    assert mx.array_equal(guard.all_big(model, tokens), load_model(directory)[0](tokens)).item()
-    assert mx.array_equal(mlx_lm.load(str(duo), trust_remote_code=True)[0](tokens), guard.all_big(model, tokens)).item()
-
-
-def test_a_quantised_source_takes_neither_bits_nor_a_type(quantised, grafted, tmp_path):
-    directory = quantised("llama", "4 bits")
-    with pytest.raises(DuoError, match="--bits: .* is quantised, and big stays as it is stored"):
-        grafted(directory, bits=Bits(4, None, 32))
-    with pytest.raises(DuoError, match="--dtype float16: .* is quantised"):
-        grafted(directory, dtype="float16")
-    assert not (tmp_path / "duo").exists()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe"])
@@ -268,7 +112,7 @@ def test_a_duo_of_another_base_from_pytorch(source, write_tokenizer, tmp_path):
 
 def test_a_base_that_is_not_itself_is_refused_and_leaves_nothing(source, grafted, monkeypatch, tmp_path):
     directory, _ = source("qwen3")
-    monkeypatch.setattr(guard, "all_big", lambda model, tokens: model(tokens, routes=[2, 2, 1, 2]) + 1)
+    monkeypatch.setattr(guard, "all_big", lambda model, tokens, **_: model(tokens, routes=[2, 2, 1, 2]) + 1)
     with pytest.raises(DuoError, match="no Duo can be hosted in a qwen3: with all routes big") as error:
         grafted(directory)
     assert "\n" not in str(error.value) and not (tmp_path / "duo").exists()
@@ -309,8 +153,22 @@ def test_the_guard_of_a_directory_reads_what_was_written(saved, monkeypatch):
     directory, _ = saved()
     conversion_guard.check(directory)
     monkeypatch.setattr(guard, "compare_graphs", lambda _: None)
-    monkeypatch.setattr(guard, "all_big", lambda model, tokens: model(tokens, routes=[2, 2, 1, 2]))
+    monkeypatch.setattr(guard, "all_big", lambda model, tokens, **_: model(tokens, routes=[2, 2, 1, 2]))
     with pytest.raises(DuoError, match="no Duo can be hosted in a llama"):
+        conversion_guard.check(directory)
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_the_guard_of_a_deep_duo_looks_at_its_first_layers(saved, monkeypatch, layer):
+    directory, _ = saved()
+    monkeypatch.setattr(conversion_guard, "LAYERS", 2)
+    monkeypatch.setattr(guard, "compare_graphs", lambda _: None)
+    routes = [1 if index == layer else 2 for index in range(4)]
+    monkeypatch.setattr(guard, "all_big", lambda model, tokens, **hooks: model(tokens, routes=routes, **hooks))
+    if layer == 1:
+        with pytest.raises(DuoError, match="no Duo can be hosted in a llama"):
+            conversion_guard.check(directory)
+    else:
         conversion_guard.check(directory)
 
 

@@ -40,6 +40,19 @@ print(json.dumps(found))
 """
 
 
+COMMANDS = """
+import json, sys
+from click.testing import CliRunner
+from duo_mlx.cli import main
+
+found = []
+for arguments in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(main, arguments, prog_name="duo-mlx")
+    found.append([done.exit_code, done.stdout, done.stderr])
+print(json.dumps(found))
+"""
+
+
 def pickled(value):
     buffer = io.BytesIO()
     torch.save(value, buffer)
@@ -69,10 +82,36 @@ SHARDED = CONFIG | {
 SECOND = SHARDED | {"model-1.safetensors": save({"a": one(7)})}
 
 
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 32,
+}
+
+
+def judged(model_type="llama", **changes):
+    """A repository whose config.json is to be judged; its weights are not what it says."""
+    config = {**SIZES, "model_type": model_type} | changes
+    return {"main": {"config.json": json.dumps(config).encode(), "model.safetensors": save({"a": one(1)})}}
+
+
 @pytest.fixture(scope="module")
-def repositories(gguf):
+def repositories(gguf, saved):
     """What the hub holds, by repository and revision."""
+    duo, _ = saved()
     return {
+        "t/duo": {"main": {file.name: file.read_bytes() for file in duo.iterdir()}},
+        "t/dense": judged(),
+        "t/unknown": judged("zzz"),
+        "t/no-ffn": judged("mamba", time_step_rank=1, state_size=4, conv_kernel=4, use_bias=False, use_conv_bias=True),
+        "t/gptq": judged(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "t/code": judged(model_file="model.py"),
+        "t/newer": judged("duo", small_intermediate_size=8, duo_version=9),
+        "t/gone": judged("duo", small_intermediate_size=8, base_model_type="zzz"),
         "t/sharded": {"main": SHARDED, "v2": SECOND},
         "t/bin": {"main": CONFIG | {"pytorch_model.bin": pickled({"a": one(4)}), "training_args.bin": b"x"}},
         "t/unnamed": {"main": CONFIG | {"weights.safetensors": save({"a": one(5)}), "readme.txt": b""}},
@@ -161,13 +200,13 @@ def read(tmp_path_factory):
     """``read(jobs, **environment)``: what a program of its own finds, with a cache that all calls share."""
     home = tmp_path_factory.mktemp("home")
 
-    def run(jobs, **environment):
+    def run(jobs, program=PROGRAM, **environment):
         kept = {
             key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
         }
         kept |= {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"} | environment
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, json.dumps(jobs)], capture_output=True, text=True, env=kept, timeout=120
+            [sys.executable, "-c", program, json.dumps(jobs)], capture_output=True, text=True, env=kept, timeout=120
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
@@ -263,6 +302,59 @@ def test_a_hub_out_of_reach_is_as_good_as_offline(online, read):
     found, never = read([("t/sharded", None), ("t/never", None)], HF_ENDPOINT="http://127.0.0.1:9")
     assert found == online[0]["t/sharded", None]
     assert never.startswith("t/never: there is no such file or directory, and the hub does not give it: ")
+
+
+GRAFT = ("--graft", "--calibrate", "TEXT")
+JUDGED = [
+    (("convert", "t/unknown", "DST", *GRAFT), "t/unknown: the installed mlx-lm has no architecture 'zzz'"),
+    (("convert", "t/no-ffn", "DST", *GRAFT), "no Duo can be hosted in a mamba: a layer has no FFN"),
+    (("convert", "t/gptq", "DST", *GRAFT), "t/gptq: its weights are quantised (gptq)"),
+    (("convert", "t/code", "DST", *GRAFT), "t/code: config.json has a model_file, which is code of its own"),
+    (("convert", "t/dense", "DST"), "t/dense: is a dense model, not a Duo; --graft makes a Duo of it"),
+    (("convert", "t/duo", "DST", *GRAFT), "t/duo: is a Duo model already, so there is nothing to graft"),
+    (("convert", "t/newer", "DST"), "the Duo is of version 9 and this package reads 1"),
+    (("convert", "t/newer", "DST", "--to", "torch"), "the Duo is of version 9 and this package reads 1"),
+    (
+        ("generate", "--model", "t/newer", "w1"),
+        "t/newer: config.json: the Duo is of version 9 and this package reads 1",
+    ),
+    (("generate", "--model", "t/gone", "w1"), "t/gone: the installed mlx-lm has no architecture 'zzz'"),
+    (("generate", "--model", "t/dense", "w1"), "t/dense: model_type is 'llama', so it is a dense model, not a Duo"),
+]
+
+
+@pytest.fixture(scope="module")
+def commanded(server, read, tmp_path_factory):
+    """What came of the commands in `JUDGED` and of two more, and which files each repository was asked for."""
+    address, asked = server
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "text").write_text("w1 w2")
+    there = {"TEXT": str(folder / "text"), "DST": str(folder / "none")}
+    jobs = [[there.get(word, word) for word in arguments] for arguments, _ in JUDGED]
+    jobs += [["generate", "--model", "t/duo", "w1", "--max-tokens", "2"], ["convert", "t/duo", str(folder / "duo")]]
+    before = len(asked)
+    found = read(jobs, COMMANDS, HF_ENDPOINT=address, HF_HUB_DISABLE_PROGRESS_BARS="1")
+    assert sorted(path.name for path in folder.iterdir()) == ["duo", "text"]
+    return found, asked[before:]
+
+
+@pytest.mark.parametrize("number", range(len(JUDGED)), ids=lambda number: " ".join(JUDGED[number][0][:3]))
+def test_what_config_json_rules_out_is_refused(commanded, number):
+    code, output, error = commanded[0][number]
+    assert (code, output, error.count("\n")) == (2, "", 1) and JUDGED[number][1] in error
+
+
+def test_nothing_large_is_downloaded_for_what_config_json_rules_out(commanded):
+    _, asked = commanded
+    refused = {word for arguments, _ in JUDGED for word in arguments if word.startswith("t/")} - {"t/duo"}
+    files = {name: [file for of, _, file in asked if of == name] for name in refused}
+    assert files == {name: ["config.json"] for name in refused}
+
+
+def test_a_duo_of_the_hub_generates_and_is_converted(commanded):
+    found, asked = commanded
+    assert [code for code, *_ in found[-2:]] == [0, 0]
+    assert sum(file == "model.safetensors" for name, _, file in asked if name == "t/duo") == 1
 
 
 @pytest.mark.parametrize(

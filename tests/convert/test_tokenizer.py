@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from duo_mlx.convert import tokenizer
+from duo_mlx.convert.sentencepiece_bpe import from_sentencepiece
 from duo_mlx.errors import DuoError
 
 TEXT = """It was a truth that the sun came up, and then the sun went down; "And so," she said, "it is."
@@ -89,7 +90,7 @@ def test_a_vocabulary_beyond_the_embeddings_is_refused(both, tmp_path):
 def test_a_damaged_model_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(DuoError, match="tokenizer.model: is damaged"):
-        tokenizer.from_sentencepiece(tmp_path / "tokenizer.model")
+        from_sentencepiece(tmp_path / "tokenizer.model")
 
 
 def test_another_algorithm_is_refused_by_name(tmp_path):
@@ -99,4 +100,4 @@ def test_another_algorithm_is_refused_by_name(tmp_path):
     )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     with pytest.raises(DuoError, match="of type UNIGRAM; only BPE"):
-        tokenizer.from_sentencepiece(tmp_path / "tokenizer.model")
+        from_sentencepiece(tmp_path / "tokenizer.model")
