@@ -16,7 +16,7 @@ from duo_mlx.study.limits import parse_limit
 from tests.architectures import ARCHITECTURES
 from tests.test_architectures import made
 
-BASES = ("qwen3", "gemma3_text", "gpt2", "mixtral", "phi", "deepseek_v3", "gemma4_text", "plamo", "spark2_5", "opt")
+BASES = ("qwen3", "gemma3_text", "gpt2", "mixtral", "phi", "deepseek_v3", "plamo", "spark2_5", "opt")
 CONTEXT = 6  # less than all windows
 REFUSED = {"dbrx": "eval", "iquestloopcoder": "does not call its layers"}
 
