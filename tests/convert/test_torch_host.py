@@ -23,7 +23,9 @@ ROUTES = np.random.default_rng(0).integers(0, 3, (2, 16, 3))
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in BOTH.keys() - HOSTED])
 def test_all_big_is_transformers_own_model(kind):
     own = logits(dense_model(CONFIGS[kind], dense(kind)))
-    layers = Config.from_dict({**CONFIGS[kind], "small_layers": []}).num_hidden_layers
+    layers = Config.from_dict(
+        {**CONFIGS[kind], "base_model_type": CONFIGS[kind]["model_type"], "small_layers": []}
+    ).num_hidden_layers
     duo = TorchDuo(CONFIGS[kind], dense(kind), small_weights(range(layers)))
     found, taken = duo.routed(TOKENS, torch.full((layers,), 2))
     assert torch.equal(found, own) and taken.unique().tolist() == [2]
