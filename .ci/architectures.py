@@ -68,7 +68,8 @@ number of heads. Add it to `HIDDEN`, `LAYERS` or `HEADS` in duo_mlx/config.py.
 
 **mlx-lm lacks the architecture.** Write duo_mlx/bases/MODEL_TYPE.py with the classes `Model` and `ModelArgs`, as mlx-lm
 would have them; duo_mlx/bases/opt.py is an example. Test it against transformers (tests/bases/test_opt.py), and add a
-row to the table and the name to the last set in `test_every_module_of_mlx_lm_has_a_row`. A module there takes precedence over mlx-lm's of the same name, so delete it when mlx-lm has its own.
+row to the table and the name to the last set in `test_every_module_of_mlx_lm_has_a_row`.
+A module there takes precedence over mlx-lm's of the same name, so delete it when mlx-lm has its own.
 
 **A new mlx-lm has more architectures.** `test_every_module_of_mlx_lm_has_a_row` names them. Give each a row. A module
 that is only a part of architectures belongs in `INSIDE`.
