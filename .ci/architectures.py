@@ -35,7 +35,12 @@ REFUSED = """
 HOW = """
 ## How to add an architecture
 
-First try it. `duo-mlx convert` says what is wrong, if anything is.
+First try it with a model directory that has a tokenizer, and a text. The error names what is missing, if anything is.
+
+<!-- ci: skip, MODEL stands for a directory -->
+```bash
+duo-mlx convert MODEL MODEL-duo --graft --calibrate examples/chats.txt
+```
 
 **mlx-lm has the architecture, and it works.** Add a row to `ARCHITECTURES` in tests/architectures.py: the `model_type`,
 a tiny config.json (hidden size 64, three layers, a vocabulary of 96) and the models that people know. Then run
@@ -46,9 +51,10 @@ pytest tests/test_architectures.py -k MODEL_TYPE
 python .ci/architectures.py
 ```
 
-The tests say what else the row must say. `opens=False`: the layers do not run one by one. `caches=False`: mlx-lm's
+Where a test fails, the row must say more. `opens=False`: the layers do not run one by one. `caches=False`: mlx-lm's
 model gives other logits with a cache than without one. `both=True` promises that transformers agrees;
-`duo-mlx convert --verify` compares the two.
+tests/convert/test_torch_names.py compares the two. `hosts=False`: `--verify` cannot replace the FFNs of transformers'
+model.
 
 **"a layer has no FFN that this package knows".** The error lists the modules of a layer. If one of them is the FFN, add
 its name to `FFN_NAMES` in duo_mlx/hosting.py. The FFN must take hidden states and return hidden states of the same
@@ -62,7 +68,8 @@ number of heads. Add it to `HIDDEN`, `LAYERS` or `HEADS` in duo_mlx/config.py.
 
 **mlx-lm lacks the architecture.** Write duo_mlx/bases/MODEL_TYPE.py with the classes `Model` and `ModelArgs`, as mlx-lm
 would have them; duo_mlx/bases/opt.py is an example. Test it against transformers (tests/bases/test_opt.py), and add a
-row to the table. A module there takes precedence over mlx-lm's of the same name, so delete it when mlx-lm has its own.
+row to the table and the name to the last set in `test_every_module_of_mlx_lm_has_a_row`.
+A module there takes precedence over mlx-lm's of the same name, so delete it when mlx-lm has its own.
 
 **A new mlx-lm has more architectures.** `test_every_module_of_mlx_lm_has_a_row` names them. Give each a row. A module
 that is only a part of architectures belongs in `INSIDE`.

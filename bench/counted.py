@@ -6,7 +6,6 @@ their own, which `together` starts.
 
 import io
 import json
-import math
 import os
 import re
 import socket
@@ -34,6 +33,7 @@ from duo_mlx import checkpoint
 from duo_mlx.bench.oracle import first_layers
 from duo_mlx.bench.peer import filled_cache, whole_products
 from duo_mlx.errors import DuoError
+from duo_mlx.flops import products
 from duo_mlx.model import Config, Model
 from duo_mlx.open_layers import can_open
 from duo_mlx.processes import Processes
@@ -66,18 +66,6 @@ def model_of(config: dict[str, Any]) -> Model:
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------
-
-
-def products(function: Callable[..., Any], *inputs: mx.array, **named: mx.array) -> int:
-    """FLOPs of the matrix products in the graph of a function's outputs, from the shapes of what they multiply."""
-    found: list[dict[str, Any]] = []
-    export: Any = mx.export_function  # whose type takes no arrays by name
-    export(found.append, function, *inputs, **named)
-    return sum(
-        2 * math.prod(each["outputs"][0][1]) * each["inputs"][0][1][-1]
-        for each in found
-        if each.get("name") in ("Matmul", "AddMM")
-    )
 
 
 def drawn_graph(outputs: list[mx.array], **named: mx.array) -> str:

@@ -1,6 +1,6 @@
-"""What cost is by layers, widths, tokens and processes: the formulas of docs/scaling.md, from sizes alone.
+"""What cost is by layers, widths, tokens and processes: the formulas of docs/scaling.md, from a Llama's sizes alone.
 
-FLOPs and parameters are `duo_mlx.cost`'s. What training keeps in memory follows from what each operation's gradient
+A skip bypasses the FFN. What training keeps in memory follows from what each operation's gradient
 asks for, in float32, where attention and SwiGLU are made of elementary operations (MLX's CPU backend).
 """
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from duo_mlx import cost
+from duo_mlx.cost import RouteTable
 from duo_mlx.model import Config
 from duo_mlx.routes import Route, Routes
 from duo_mlx.study.tree import Work
@@ -35,19 +35,32 @@ def _heads(args: Config) -> tuple[int, int]:
     return args.num_attention_heads * head_dim, args.num_key_value_heads * head_dim
 
 
+def layer_parameters(args: Config) -> RouteTable:
+    """Parameters of the layers' matrices that one token meets; embedding and head are left out (``fixed`` is 0)."""
+    attention = 2 * args.hidden_size * sum(_heads(args))  # q_proj and o_proj, k_proj and v_proj
+    inner = np.array([0, args.small_intermediate_size, args.intermediate_size])
+    return RouteTable(0, np.tile(attention + 3 * args.hidden_size * inner, (args.num_hidden_layers, 1)))
+
+
+def flops(args: Config, context: int) -> RouteTable:
+    """FLOPs of one token that attends to ``context`` positions: two per parameter, and those of attention itself."""
+    attention = 4 * _heads(args)[0] * context
+    return RouteTable(2 * args.hidden_size * args.vocab_size, 2 * layer_parameters(args).by_route + attention)
+
+
 def decoding(args: Config, pattern: Routes, context: int) -> Decoding:
     """One token by a pattern ``[layers]`` that attends to ``context`` positions, float32, one table for both ends.
 
     Args:
-        args: sizes; skip bypasses the FFN.
+        args: sizes.
         pattern: routes.
         context: positions, the token's own among them.
     """
     hidden, layers = args.hidden_size, args.num_hidden_layers
     _, keys = _heads(args)
     norms = layers + int((pattern != Route.SKIP).sum()) + 1
-    floats = int(cost.layer_parameters(args).of(pattern)) + hidden * (args.vocab_size + 1 + norms)
-    return Decoding(FLOAT * floats, int(cost.flops(args, context).of(pattern)), FLOAT * layers * 2 * keys * context)
+    floats = int(layer_parameters(args).of(pattern)) + hidden * (args.vocab_size + 1 + norms)
+    return Decoding(FLOAT * floats, int(flops(args, context).of(pattern)), FLOAT * layers * 2 * keys * context)
 
 
 def learned(args: Config, small_only: bool) -> int:
@@ -56,7 +69,7 @@ def learned(args: Config, small_only: bool) -> int:
     small = 3 * hidden * args.small_intermediate_size
     if small_only:
         return layers * small
-    big = cost.layer_parameters(args).by_route[:, Route.BIG]
+    big = layer_parameters(args).by_route[:, Route.BIG]
     return int(big.sum()) + layers * small + hidden * (args.vocab_size + 2 * layers + 1)
 
 
@@ -69,7 +82,7 @@ def training_flops(args: Config, routes: Routes, length: int, small_only: bool) 
         length: tokens of a sequence; scores are computed for all pairs, the future's as well.
         small_only: only small FFNs learn, the lowest of them in the first layer.
     """
-    table = cost.flops(args, length)
+    table = flops(args, length)
     forward = int(table.of(routes).sum())
     if not small_only:
         return 3 * forward

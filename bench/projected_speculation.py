@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from duo_mlx import cost, work
+from duo_mlx.bench.growth import layer_parameters
 from duo_mlx.config import Config
 from duo_mlx.drafting import LONGEST, best_length, tokens_expected
 from duo_mlx.errors import DuoError
@@ -145,7 +146,7 @@ def large_shapes() -> list[str]:
 def parameters(args: Config) -> int:
     """Of a model without its small FFNs and norms."""
     embeddings = args.hidden_size * args.vocab_size * (1 if args.base.get("tie_word_embeddings", True) else 2)
-    return embeddings + int(cost.layer_parameters(args).by_route[:, 2].sum())
+    return embeddings + int(layer_parameters(args).by_route[:, 2].sum())
 
 
 def stretched(pattern: Routes, layers: int) -> Routes:

@@ -18,6 +18,7 @@ import numpy as np
 from duo_mlx import drafting
 from duo_mlx.bench import touched
 from duo_mlx.bench.engine import Generator, Ids
+from duo_mlx.flops import flops
 from duo_mlx.lookahead import LookAhead
 from duo_mlx.model import Model
 from duo_mlx.rounds import Rounds, patterns, shared_layers
@@ -61,6 +62,7 @@ class Speculating(Generator):
         self._model, self._draft_tokens = model, draft_tokens
         self._verify, self._draft, self._lengths = checked(model, verify, draft, draft_tokens)
         self._rounds = Rounds(model, self._verify, self._draft, strategy, cache, Sampling())
+        self._flops_at = flops(model)
         self._counts, self._begun = Speculation(), list[tuple[int, int, Routes | None]]()
         self._foreseen: Routes | None = None  # after the prompt, by a draft that looks ahead
 
@@ -121,5 +123,6 @@ class Speculating(Generator):
         else:
             drafting = patterns(self._model, self._draft, start, start + drafts)
         verifying = patterns(self._model, self._verify, start, start + drafts + 1)
+        table = self._flops_at(start + 1 + drafts // 2)
         shared = shared_layers(drafting, verifying[:-1])
-        return touched.round_flops(self._model.config, drafting, verifying, shared, start + 1 + drafts // 2)
+        return touched.round_flops(self._model.config, table, drafting, verifying, shared)

@@ -27,7 +27,9 @@ from duo_mlx.bench.projected import gpu_work
 from duo_mlx.bench.rounds import Case, Prompts, Session, Settings
 from duo_mlx.bench.subject import Subject
 from duo_mlx.bench.system import Conditions, cautions, conditions, system_record
+from duo_mlx.cost import RouteTable
 from duo_mlx.errors import DuoError
+from duo_mlx.flops import flops
 from duo_mlx.generation import policy_of
 from duo_mlx.model import Model
 from duo_mlx.routed import RoutedModel
@@ -122,6 +124,7 @@ def run(
             if all(record["done"] for record in found):
                 continue
             model = subject.model(group[0].quantisation)
+            flops_at = flops(model)
             _fill_quality(result, found, model, windows, subject, lambda share: progress("quality", share, 1.0))
             _add_parts(result, model, group[0])
             cases = rounds.cases(group, found, model, prompts, settings.seed)
@@ -130,7 +133,7 @@ def run(
                 result["sessions"][-1]["noise_floor"] = floor
             began, until = clock(), clock() + seconds * of_group
             for done in rounds.rounds(cases, session, settings, prompts, until):
-                _summarise(cases, model, result, done)
+                _summarise(cases, model, flops_at, result, done)
                 folder.save(out, result)
                 share = 1.0 if done else min(1.0, (clock() - began) / max(until - began, 1e-9))
                 progress("cells", number + share, len(groups))
@@ -267,7 +270,9 @@ def _half_way(cell: Cell) -> int:
     return cell.context + cell.prompt_tokens + cell.generated_tokens // 2
 
 
-def _summarise(cases: Sequence[Case], model: Model, result: dict[str, Any], done: bool) -> None:
+def _summarise(
+    cases: Sequence[Case], model: Model, flops_at: Callable[[int], RouteTable], result: dict[str, Any], done: bool
+) -> None:
     """Bring the cells' figures up to date."""
     layers = len(model.layers)
     counted = []
@@ -278,15 +283,16 @@ def _summarise(cases: Sequence[Case], model: Model, result: dict[str, Any], done
             counted.append((found["bytes_per_token"], found["flops_per_token"]))
             continue
         read = touched.bytes_per_token(model, case.routes, _half_way(case.cell), case.ran, case.by_router)
-        counted.append((read, touched.flops_per_token(model, case.routes, _half_way(case.cell), case.ran)))
-    for case, (read, flops) in zip(cases, counted, strict=True):
+        table = flops_at(_half_way(case.cell))
+        counted.append((read, touched.flops_per_token(model.config, table, case.routes, case.ran)))
+    for case, (read, computed) in zip(cases, counted, strict=True):
         record, mix = case.record, engine.shares(case.routes)
         record["summary"] = summary.summarise(
             record,
             cases[0].record,
             {
                 "bytes_per_token": read,
-                "flops_per_token": flops,
+                "flops_per_token": computed,
                 "route_mix": mix,
                 "baseline_bytes": counted[0][0],
                 "baseline_flops": counted[0][1],

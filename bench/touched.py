@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from duo_mlx import cost
+from duo_mlx.cost import RouteTable
 from duo_mlx.model import Config, Model
 from duo_mlx.routes import Route, Routes
 
@@ -36,26 +37,30 @@ def bytes_per_token(model: Model, routes: Routes, context: int, ran: str, by_rou
     return float((weights.fixed + read.sum(axis=1).mean()) / batch + attended.mean())
 
 
-def round_flops(args: Config, drafting: Routes, verifying: Routes, shared: int, context: int) -> int:
+def round_flops(args: Config, table: RouteTable, drafting: Routes, verifying: Routes, shared: int) -> int:
     """FLOPs of a round of speculation: of each draft step, and of the pass that verifies.
 
     Args:
         args: a model's.
+        table: FLOPs of one token (`duo_mlx.flops`).
         drafting: ``[drafts, layers]`` as realised.
         verifying: ``[drafts + 1, layers]`` as realised.
         shared: first layers that the verifying pass leaves to the drafts, but for its last token.
-        context: positions attended to.
     """
-    table = cost.flops(args, context)
     left = table.by_route[np.arange(shared), verifying[:-1, :shared]].sum()
     left += len(drafting) * 2 * args.hidden_size * (args.vocab_size - args.draft_vocabulary)
     return int(table.of(drafting).sum() + table.of(verifying).sum() - left)
 
 
-def flops_per_token(model: Model, routes: Routes, context: int, ran: str) -> float:
-    """FLOPs of one decoded token, a mean over ``routes [passes, batch, layers]``."""
-    args = model.config
-    table = cost.flops(args, context)
+def flops_per_token(args: Config, table: RouteTable, routes: Routes, ran: str) -> float:
+    """FLOPs of one decoded token, a mean over ``routes [passes, batch, layers]``.
+
+    Args:
+        args: a model's.
+        table: FLOPs of one token (`duo_mlx.flops`).
+        routes: as realised.
+        ran: the strategy.
+    """
     if not computes_everything(ran):
         return float(table.of(routes).mean())
     smalls = sum(args.has_small(layer) for layer in range(args.num_hidden_layers))

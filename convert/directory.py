@@ -281,7 +281,7 @@ class _Job:
         from duo_mlx.convert import parity
 
         if self.graft is None:
-            judge(self.watch, "the model", parity.measure(directory, dict(config), tensors))
+            judge(self.watch, "the model", parity.measure(directory, dict(config), tensors, note=self.watch.note))
             return
         judge(self.watch, "all big and the dense model", parity.measure_dense(directory), identical_argmax=True)
 

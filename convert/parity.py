@@ -61,10 +61,12 @@ def measure(
     seed: int = 0,
     *,
     rounded: bool = False,
+    note: Callable[[str], object] = lambda line: None,  # noqa: ARG005
 ) -> list[Parity]:
     """A Duo directory and the reference for big, small, skip and random routes, on random tokens.
 
-    Where PyTorch has no reference (`duo_mlx.convert.references.lacking`), mlx-lm's own model is it, for big alone.
+    Where PyTorch has no reference (`duo_mlx.convert.references.lacking`), mlx-lm's own model is it, for big alone. The
+    same goes for weights on which mlx-lm's model itself is not transformers', because a Duo is mlx-lm's.
 
     If there are routers, also for the routes of the reference's. The directory's must agree: as a decision may hang on
     rounding, a route's logit may lag behind the largest one by the tolerance, relative to the layer's logits.
@@ -78,14 +80,26 @@ def measure(
         seed: of tokens and routes.
         rounded: dequantise a quantised directory's weights to the type of its scales, as an export does, before they
             are computed with.
+        note: is told in a line if mlx-lm and transformers differ.
 
     Raises:
         DuoError: PyTorch is not installed, or the reference does not take the weights.
     """
     model = _model(directory, rounded)
+    inputs = _inputs(model.config, batch, tokens, seed)
     if references.lacking(config):
-        return [_all_big(model, _dense_logits(config, weights), _inputs(model.config, batch, tokens, seed))]
-    return _measured(model, references.made(config, weights), batch, tokens, seed)
+        return [_all_big(model, _dense_logits(config, weights), inputs)]
+    found = _measured(model, references.made(config, weights), batch, tokens, seed)
+    if failures(row for row in found if row.route == "big"):
+        by_mlx_lm = _all_big(model, _dense_logits(config, weights), inputs)
+        if not failures([by_mlx_lm]):
+            note(
+                f"mlx-lm and transformers differ on a {model.kind} of these weights, by up to "
+                f"{found[0].max_abs_difference:.1e} in logits; a Duo is mlx-lm's model, so --verify compares all big "
+                "with that and no other routes"
+            )
+            return [by_mlx_lm]
+    return found
 
 
 def _measured(model: Model, reference: Reference, batch: int, tokens: int, seed: int) -> list[Parity]:

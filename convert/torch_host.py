@@ -24,7 +24,7 @@ from duo_mlx.errors import DuoError
 from duo_mlx.routes import LETTERS, Route
 
 LAYERS = ("layers", "h", "blocks")  # names of the list of a model's decoder layers
-FFNS = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe", "shared_mlp")  # names of a layer's FFN
+FFNS = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe", "mlp_block", "shared_mlp")  # names of a layer's FFN
 MAPS = (nn.Linear, Conv1D)
 TWO_MATRICES = ("fc1", "activation_fn", "fc2")  # an FFN that a layer spells out, as OPT's does
 

@@ -18,7 +18,6 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from numpy.typing import NDArray
 
 from duo_mlx import hosting
-from duo_mlx.config import Config
 from duo_mlx.errors import DuoError
 from duo_mlx.ffn import nbytes
 from duo_mlx.model import Model
@@ -41,31 +40,6 @@ class RouteTable:
 
     def __add__(self, other: "RouteTable") -> "RouteTable":
         return RouteTable(self.fixed + other.fixed, self.by_route + other.by_route)
-
-
-def layer_parameters(args: Config) -> RouteTable:
-    """Parameters of the layers' matrices that one token meets; embedding and head are left out (``fixed`` is 0)."""
-    head_dim = args.head_dim
-    queries = 2 * args.hidden_size * args.num_attention_heads * head_dim  # q_proj and o_proj
-    keys = 2 * args.hidden_size * args.num_key_value_heads * head_dim  # k_proj and v_proj, which even a skip writes
-    big = 3 * args.hidden_size * args.intermediate_size
-    skip = keys if args.skip_scope == "layer" else queries + keys
-    by_route = np.zeros((args.num_hidden_layers, len(Route)), np.int64)
-    by_route[:, Route.SKIP], by_route[:, Route.BIG] = skip, queries + keys + big
-    for layer in range(args.num_hidden_layers):
-        small = 3 * args.hidden_size * args.small_width(layer)
-        by_route[layer, Route.SMALL] = queries + keys + (small or big)
-    return RouteTable(0, by_route)
-
-
-def flops(args: Config, context: int) -> RouteTable:
-    """FLOPs of one token that attends to ``context`` positions: two per parameter, and those of attention itself."""
-    head_dim = args.head_dim
-    matrices = layer_parameters(args)
-    attention = 4 * args.num_attention_heads * head_dim * _attended(args, context)
-    if args.skip_scope == "layer":
-        attention[:, Route.SKIP] = 0
-    return RouteTable(2 * args.hidden_size * args.vocab_size, 2 * matrices.by_route + attention)
 
 
 def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
@@ -187,6 +161,14 @@ def windows(model: Model) -> list[int | None]:
     return [cache.max_size if isinstance(cache, RotatingKVCache) else None for cache in model.make_cache()]
 
 
+def attended(model: Model) -> NDArray[np.int64]:
+    """How many positions each layer's attention sees at most, ``[layers]``."""
+    args, seen = model.config, windows(model)
+    if len(seen) != args.num_hidden_layers:  # layers share caches, or have several
+        seen = [args.sliding_window if kind == "sliding_attention" else None for kind in args.layer_types]
+    return np.array([window or np.iinfo(np.int64).max for window in seen], np.int64)
+
+
 def _positions(model: Model) -> tuple[NDArray[np.int64], list[int | None]]:
     """Bytes of a position's keys and values in each layer, and `windows`. What a pass writes is built, not computed."""
     cache = model.make_cache()
@@ -199,10 +181,3 @@ def _position(cache: Any) -> int:
     state: Any = tree_flatten(cache.state)
     arrays = [array for _, array in state if isinstance(array, mx.array) and array.ndim == 4]
     return sum(array.nbytes // array.shape[2] for array in arrays)
-
-
-def _attended(args: Config, context: int) -> NDArray[np.int64]:
-    """To how many of ``context`` positions a token attends, ``[layers, 3]``."""
-    within = min(context, args.sliding_window or context)
-    by_layer = [within if kind == "sliding_attention" else context for kind in args.layer_types]
-    return np.repeat(np.array(by_layer, np.int64)[:, None], len(Route), axis=1)

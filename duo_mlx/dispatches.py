@@ -1,29 +1,32 @@
 """Count the kernels that a decoding step starts on a GPU, from the graph of that step.
 
 A base's graph is mlx-lm's, so it is built and counted, whatever the base is. Nothing is computed: the model's arrays
-hold one number each (`duo_mlx.work.without_weights`). On a GPU each of MLX's fast operations is one kernel. On a CPU
-they are many primitives, so stand-ins take their place while the graph is built.
+hold one number each (`duo_mlx.weightless`). On a GPU each of MLX's fast operations is one kernel. On a CPU
+they are many primitives, so stand-ins take their place while the graph is built. Other threads do not see them.
 """
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
 
 from duo_mlx import auto, conditional, hosting
+from duo_mlx.errors import DuoError
 from duo_mlx.forward import Forward
 from duo_mlx.hosting import Call
 from duo_mlx.kernels import launch
 from duo_mlx.model import Model
 from duo_mlx.router import LinearRouter
 from duo_mlx.routes import LETTERS, Route
+from duo_mlx.weightless import arrays, forget, sized, without_graph
 
 # Primitives that start no kernel: they view an array, or order others.
 VIEWS = {
@@ -31,33 +34,33 @@ VIEWS = {
     "Slice", "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
 }  # fmt: skip
 
-
-def sized(array: mx.array) -> mx.array:
-    """Return an array with the same shape and dtype that holds one number in memory."""
-    made = mx.broadcast_to(mx.zeros((), array.dtype), array.shape)
-    mx.eval(made)
-    return made
+_one_at_a_time = Lock()  # two that replace the same functions at once would not restore them
+_counting: ContextVar[bool] = ContextVar("counting", default=False)
 
 
 def count(model: Model, strategy: str, route: Route) -> tuple[int, list[int]]:
     """Return how many kernels a step starts outside the layers, sampling by argmax included, and in each layer.
 
     Args:
-        model: one without weights; its routers decide, except under ``planned``.
+        model: one of `duo_mlx.weightless`; its routers decide, except under ``planned``.
         strategy: how the routes are carried out.
         route: of all layers.
+
+    Raises:
+        DuoError: the base computes its layers in parts.
     """
     token, layers = mx.array([[1]]), len(model.ffns)
     cache = model.make_cache()
     with _as_on_a_gpu(route) as pending:
         model(token, cache, routes=[Route.BIG] * layers)  # after it the caches have room
-        _forget(cache)
+        forget(cache)
         entries = [route if strategy == "planned" else _router(model)] * layers
         step = _Step(model, entries, strategy, pending)
         with hosting.opened(step):
-            final = model.trunk(token, cache=cache)
-        logits = model.head(final)[:, -1]
+            logits = model.base_class.__call__(model, token, cache=cache)[:, -1]
         sampled = mx.argmax(logits - mx.logsumexp(logits, keepdims=True), axis=-1)
+    if len(step.layers) != layers:
+        raise DuoError(f"kernels of a {model.kind} cannot be counted layer by layer: it does not call its layers")
     return kernels([*step.outside, sampled]), step.layers
 
 
@@ -97,31 +100,12 @@ class _Step(Forward):
 
     def block(self, index: int, call: Call, h: mx.array, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         given = [h, args, named]
-        self.outside += _arrays(given)
-        h, args, named = _without_graph(given)
+        self.outside += arrays(given)
+        h, args, named = without_graph(given)
         out = self.run_block(index, call, h, args, named)
         launches, read = self._pending.taken()
-        self.layers.append(launches + kernels(_arrays(out) + read))
-        return _without_graph(out)
-
-
-def _arrays(tree: Any) -> list[mx.array]:
-    flat: Any = tree_flatten(tree)
-    return [each for _, each in flat if isinstance(each, mx.array)]
-
-
-def _without_graph(tree: Any) -> Any:
-    return tree_map(lambda each: sized(each) if isinstance(each, mx.array) else each, tree)
-
-
-def _forget(cache: Any) -> None:
-    """Let caches hold arrays without a graph."""
-    for each in cache:
-        for name, value in vars(each).items():
-            if name == "caches":
-                _forget(value)
-            elif isinstance(value, mx.array | list | tuple):
-                setattr(each, name, _without_graph(value))
+        self.layers.append(launches + kernels(arrays(out) + read))
+        return without_graph(out)
 
 
 def _router(model: Model) -> LinearRouter:
@@ -145,12 +129,12 @@ def _as_on_a_gpu(route: Route) -> Iterator[_Pending]:
 
     def attend(queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
         shape = (*queries.shape[:-1], values.shape[-1])
-        return mx.depends([mx.abs(mx.broadcast_to(queries[..., :1], shape))], [keys, values, *_arrays(named)])[0]
+        return mx.depends([mx.abs(mx.broadcast_to(queries[..., :1], shape))], [keys, values, *arrays(named)])[0]
 
     def dequantize(packed: mx.array, scales: mx.array, biases: mx.array | None = None, **named: Any) -> mx.array:
         shape = (*packed.shape[:-1], packed.shape[-1] * 32 // named["bits"])
         out = sized(mx.zeros(shape, scales.dtype if biases is not None else mx.bfloat16))
-        return mx.abs(mx.depends([out], [packed, scales, *_arrays([biases])])[0])
+        return mx.abs(mx.depends([out], [packed, scales, *arrays([biases])])[0])
 
     def execute(launched: launch.Launch) -> list[mx.array]:
         pending.launches += 1
@@ -174,7 +158,14 @@ def _as_on_a_gpu(route: Route) -> Iterator[_Pending]:
         (auto, "require", lambda *_: None),
         (auto, "router_refusal", lambda *_: None),
     ]
-    with ExitStack() as stack:
+    with _one_at_a_time, ExitStack() as stack:
+        token = _counting.set(True)
+        stack.callback(_counting.reset, token)
         for owner, name, made in stand_ins:
-            stack.enter_context(patch.object(owner, name, made))
+            stack.enter_context(patch.object(owner, name, _here_alone(made, getattr(owner, name))))
         yield pending
+
+
+def _here_alone(made: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls ``made`` while this thread counts, and ``own`` in all other threads."""
+    return lambda *args, **named: (made if _counting.get() else own)(*args, **named)

@@ -140,6 +140,14 @@ def replace_class(module: nn.Module, own: type) -> None:
     module.__class__ = _through(before.__mro__[1], own) if before.__mro__[1] in OPENINGS else own
 
 
+def restore_class(module: nn.Module) -> None:
+    """Undo `replace_class`."""
+    own = type(module)
+    opening = own.__mro__[1] if own.__mro__[1] in OPENINGS else None
+    before = closed(own)
+    module.__class__ = before if opening is None else _through(opening, before)
+
+
 def closed(own: type) -> type:
     """The class of mlx-lm that a module had before `open_up` and `replace_class`."""
     own = own.__mro__[2] if own.__mro__[1] in OPENINGS else own

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from duo_mlx import cost
 from duo_mlx.config import Config
 from duo_mlx.cost import RouteTable
-from duo_mlx.dispatches import count, sized
+from duo_mlx.dispatches import count
 from duo_mlx.errors import DuoError
 from duo_mlx.ffn import RouterWeights
 from duo_mlx.forms import form, unknown
 from duo_mlx.kernels import fused
 from duo_mlx.model import Model
 from duo_mlx.routes import LETTERS, Route, Routes
+from duo_mlx.weightless import weightless, without_graph
 
 STRATEGIES = ("planned", "fused", "masked", "sync", "sorted", "dense")
 ON_DEVICE = STRATEGIES[1:]  # their routes are a per-layer router's
@@ -62,17 +63,16 @@ def imagined(args: Config, bits: int = 16, group_size: int = 64) -> Model:
 
 
 def without_weights(model: Model) -> Model:
-    """Return the model with arrays that have their sizes but one number each, and with a router in every layer.
+    """Return a copy of a model whose arrays have their sizes but one number each, with a router in every layer.
 
     Every strategy except ``planned`` asks a router.
     """
-    dtype = model.dtype
-    for ffn in model.ffns if not model.config.router_choices else ():
+    made, dtype = weightless(model), model.dtype
+    for ffn in made.ffns if not model.config.router_choices else ():
         ffn.router = RouterWeights(replace(model.config, router_choices=LETTERS))
         ffn.router.set_dtype(dtype)
-    for module in model.modules():
-        module.update({name: sized(value) for name, value in module.items() if isinstance(value, mx.array)})
-    return model
+        ffn.router.update(without_graph(ffn.router.parameters()))
+    return made
 
 
 def shares(routes: Routes) -> NDArray[np.float64]:

@@ -32,6 +32,7 @@ WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "sliding_at
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1}
 ROUTED |= {"norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 2, "topk_group": 1}
+ROTATED = {"head_dim": 8}  # transformers takes it for the width of the rotated part
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "n_ctx": 128, "vocab_size": 96}
 SCALES = {"embedding_multiplier": 2.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.25}
@@ -75,6 +76,7 @@ GEMMA4 = {
     **TIED,
     "num_hidden_layers": 4,
     "global_head_dim": 32,
+    "use_double_wide_mlp": True,
     "vocab_size_per_layer_input": 96,
     "num_kv_shared_layers": 2,
     "hidden_size_per_layer_input": 32,
@@ -98,6 +100,9 @@ ROPES = {
 }
 LFM2 = {
     **FOUR,
+    "tie_word_embeddings": True,
+    "tie_embedding": True,
+    "layer_types": ["full_attention", "conv"] * 2,
     "norm_eps": 1e-5,
     "full_attn_idxs": [0, 2],
     "block_dim": 64,
@@ -118,6 +123,7 @@ class Architecture:
         config: a tiny config.json.
         known: models that people know, for the docs.
         both: whether transformers has it and gives the same numbers.
+        hosts: whether ``--verify`` can replace the FFNs of transformers' model; otherwise it compares with mlx-lm's.
         opens: whether its layers run one by one, which oracle, pattern search and graft need.
         quantises: whether mlx-lm can quantise it.
         caches: whether its passes with a cache give what a pass without one gives.
@@ -128,6 +134,7 @@ class Architecture:
     config: dict[str, Any]
     known: str = ""
     both: bool = False
+    hosts: bool = True
     opens: bool = True
     caches: bool = True
     quantises: bool = True
@@ -135,8 +142,8 @@ class Architecture:
     raises: str = ""
 
 
-def _both(config: dict[str, Any], known: str) -> Architecture:
-    return Architecture(config, known, both=True)
+def _both(config: dict[str, Any], known: str, **others: Any) -> Architecture:
+    return Architecture(config, known, both=True, **others)
 
 
 NO_FFN = "its layers have no FFN"
@@ -147,7 +154,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {**COMMON, "rope_scaling": {"rope_type": "llama3", **SCALED}}, "Llama 1 to 3.3, SmolLM2, Yi, Vicuna"
     ),
     "mistral": _both({**COMMON, "sliding_window": None}, "Mistral 7B, Nemo"),
-    "ministral3": Architecture(
+    "ministral3": _both(
         {
             **COMMON,
             "rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 32},
@@ -162,7 +169,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": _both(
         {**TIED, "query_pre_attn_scalar": 16, "sliding_window": 8, "sliding_window_pattern": 3}, "Gemma 3 270M, 1B"
     ),
-    "gemma3": Architecture(
+    "gemma3": _both(
         {
             **COMMON,
             "text_config": {
@@ -174,6 +181,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             },
         },
         "Gemma 3 4B to 27B (text)",
+        hosts=False,
     ),
     "gemma3n": Architecture(
         {**COMMON, "num_hidden_layers": 4, "text_config": GEMMA3N}, "Gemma 3n", opens=False, caches=False
@@ -256,14 +264,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         "MiniCPM3",
     ),
     "internlm2": Architecture({**COMMON, "bias": False}, "InternLM2"),
-    "glm": Architecture(COMMON, "GLM edge"),
-    "apertus": Architecture(
-        {**COMMON, "mlp_bias": True, "attention_bias": False, "post_norm": True, "qk_norm": True}, "Apertus"
+    "glm": _both({**COMMON, "attention_bias": True, "partial_rotary_factor": 1.0}, "GLM edge"),
+    "apertus": _both(
+        {
+            **COMMON,
+            **PLAIN,
+            "post_norm": True,
+            "qk_norm": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "Apertus",
     ),
     "baichuan_m1": Architecture(
         {**FOUR, "sliding_window": 8, "sliding_window_layers": [0, 2], "conv_window": 2}, "Baichuan M1"
     ),
-    "exaone": Architecture({**COMMON, "num_layers": 3, "layer_norm_epsilon": 1e-5}, "EXAONE 3"),
+    "exaone": _both({**COMMON, "num_layers": 3, "layer_norm_epsilon": 1e-5}, "EXAONE 3"),
     "hunyuan": Architecture(
         {
             **COMMON,
@@ -286,7 +301,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen": Architecture({**COMMON, "layer_norm_epsilon": 1e-5, "kv_channels": 16}, "Qwen 1"),
     "telechat3": Architecture(COMMON, "TeleChat3"),
     "youtu_llm": Architecture({**COMMON, **LATENT}, "Youtu-LLM"),
-    "gptj": Architecture({**GPT2, "n_inner": 96, "rotary_dim": 8, "layer_norm_epsilon": 1e-5}, "GPT-J"),
+    "gptj": _both({**GPT2, "n_inner": 256, "rotary_dim": 8, "layer_norm_epsilon": 1e-5}, "GPT-J"),
     "nanochat": Architecture({**COMMON, "num_key_value_heads": 2}, "nanochat"),
     "openelm": Architecture(
         {
@@ -310,7 +325,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {**GPT2, "block_size": 128, "n_kv_heads": 2, "rope_theta": 1e4, "layer_norm_eps": 1e-5}, "Lille"
     ),
     "deepseek": Architecture({**COMMON, **ROUTED}, "DeepSeek-MoE 16B"),
-    "deepseek_v2": Architecture(
+    "deepseek_v2": _both(
         {
             **COMMON,
             **ROUTED,
@@ -321,15 +336,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         "DeepSeek-V2",
     ),
-    "deepseek_v3": Architecture(
-        {**COMMON, **ROUTED, **LATENT, "topk_method": "noaux_tc", "num_key_value_heads": 4}, "DeepSeek-V3, R1"
+    "deepseek_v3": _both(
+        {**COMMON, **ROUTED, **LATENT, **ROTATED, "topk_method": "noaux_tc", "num_key_value_heads": 4},
+        "DeepSeek-V3, R1",
     ),
-    "dots1": Architecture({**COMMON, **ROUTED, "attention_bias": False, "rope_scaling": None}, "dots.llm1"),
+    "dots1": _both({**COMMON, **ROUTED, "attention_bias": False, "rope_scaling": None}, "dots.llm1"),
     "ernie4_5_moe": Architecture(
         {**COMMON, "use_bias": False, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64}, "ERNIE 4.5 MoE"
     ),
     "bailing_moe": Architecture({**COMMON, **ROUTED, "use_bias": False, "use_qkv_bias": False}, "Ling, Ring"),
-    "glm4_moe": Architecture(
+    "glm4_moe": _both(
         {
             **COMMON,
             **ROUTED,
@@ -340,11 +356,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         "GLM-4.5, 4.6",
     ),
-    "glm4_moe_lite": Architecture(
+    "glm4_moe_lite": _both(
         {
             **COMMON,
             **ROUTED,
             **LATENT,
+            **ROTATED,
             "num_key_value_heads": 4,
             "topk_method": "noaux_tc",
             "scoring_func": "sigmoid",
@@ -360,7 +377,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {**COMMON, **ROUTED, "attention_bias": False, "mlp_only_layers": [0], "decoder_sparse_step": 1}, "Klear"
     ),
     "afmoe": Architecture({**COMMON, **EXPERTS, **WINDOWS, "num_dense_layers": 1, "num_shared_experts": 1}, "Trinity"),
-    "exaone_moe": Architecture(
+    "exaone_moe": _both(
         {
             **COMMON,
             **ROUTED,
@@ -370,7 +387,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         "K-EXAONE",
     ),
-    "dbrx": Architecture(
+    "dbrx": _both(
         {
             "d_model": 64,
             "n_layers": 3,
@@ -381,10 +398,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         "DBRX",
     ),
-    "phimoe": Architecture(
+    "phimoe": _both(
         {
             **COMMON,
             **EXPERTS,
+            "attention_bias": True,
+            "lm_head_bias": True,
             "rope_scaling": {
                 "long_factor": [1.0] * 8,
                 "short_factor": [1.0] * 8,
@@ -399,14 +418,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "minimax": Architecture(
         {**COMMON, **EXPERTS, "shared_intermediate_size": 64, "rotary_dim": 8, "num_key_value_heads": 4}, "MiniMax M2"
     ),
-    "lfm2": Architecture(
+    "lfm2": _both(
         LFM2,
         "LFM2",
     ),
-    "lfm2_moe": Architecture(
+    "lfm2_moe": _both(
         {
             **FOUR,
             **EXPERTS,
+            "tie_word_embeddings": True,
+            "layer_types": ["full_attention", "conv"] * 2,
             "norm_eps": 1e-5,
             "full_attn_idxs": [0, 2],
             "conv_bias": True,
@@ -420,7 +441,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama4_text": Architecture(
         {**FOUR, "intermediate_size_mlp": 96, "no_rope_layers": [0, 0, 1, 1], "use_qk_norm": True}, "MobileLLM"
     ),
-    "qwen3_next": Architecture(
+    "qwen3_next": _both(
         {
             **FOUR,
             **EXPERTS,
@@ -431,13 +452,15 @@ ARCHITECTURES: dict[str, Architecture] = {
             "norm_topk_prob": True,
         },
         "Qwen3-Next",
+        hosts=False,
     ),
     "qwen3_5": Architecture({**FOUR, **LINEAR}, "Qwen3.5 (text)"),
-    "recurrent_gemma": Architecture(
+    "recurrent_gemma": _both(
         {
-            **COMMON,
+            **TIED,
+            "num_key_value_heads": 1,
             "attention_bias": False,
-            "conv1d_width": 3,
+            "conv1d_width": 4,
             "logits_soft_cap": 30.0,
             "attention_window_size": 16,
             "block_types": ["recurrent", "recurrent", "attention"],
@@ -446,19 +469,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         "RecurrentGemma",
     ),
     "falcon_h1": Architecture({**COMMON, **MAMBA, "mamba_d_ssm": 128, "projectors_bias": False}, "Falcon-H1"),
-    "granitemoehybrid": Architecture(
+    "granitemoehybrid": _both(
         {
             **FOUR,
             **EXPERTS,
             **SCALES,
             **MAMBA,
             "attention_bias": False,
+            "position_embedding_type": "rope",
+            "time_step_limit": [0.001, 100.0],
             "shared_intermediate_size": 64,
             "mamba_proj_bias": False,
             "mamba_conv_bias": False,
             "layer_types": ["mamba", "attention"] * 2,
         },
         "Granite 4",
+        hosts=False,
     ),
     "jamba": Architecture(
         {
@@ -642,7 +668,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         "Step 3.5 Flash",
     ),
-    "gemma4_text": Architecture(GEMMA4, "Gemma 4 (text)", opens=False),
+    "gemma4_text": _both(GEMMA4, "Gemma 4 (text)", opens=False),
     "gemma4": Architecture(
         {**VL, "num_hidden_layers": 4, "text_config": {**GEMMA4, "model_type": "gemma4_text"}},
         "Gemma 4 (text)",
@@ -765,9 +791,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         opens=False,
         quantises=False,
     ),
-    "mellum": Architecture(
-        {**COMMON, **EXPERTS, **WINDOWS, "norm_topk_prob": True, "rope_parameters": ROPES}, "Mellum"
-    ),
+    "mellum": _both({**COMMON, **EXPERTS, **WINDOWS, "norm_topk_prob": True, "rope_parameters": ROPES}, "Mellum"),
     "mistral4": Architecture(
         {
             **COMMON,
@@ -825,7 +849,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Phixtral",
         opens=False,
     ),
-    "solar_open": Architecture({**COMMON, **ROUTED, "partial_rotary_factor": 0.5}, "Solar Open"),
+    "solar_open": _both({**COMMON, **ROUTED, "first_k_dense_replace": 0, "partial_rotary_factor": 1.0}, "Solar Open"),
     "spark2_5": Architecture({**TIED, **WINDOWS, "rope_parameters": ROPES}, "Spark 2.5"),
     "talkie": Architecture({**COMMON, "num_key_value_heads": 4}, "Talkie"),
     "gear": Architecture(

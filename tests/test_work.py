@@ -2,17 +2,20 @@
 
 import io
 import re
+from threading import Thread
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.utils import quantize_model
 
-from duo_mlx import checkpoint, conditional, cost, dispatches, work
+from duo_mlx import checkpoint, conditional, cost, cpu, dispatches, work
 from duo_mlx.errors import DuoError
 from duo_mlx.kernels import launch, selfcheck, verdicts
 from duo_mlx.model import Model, ModelArgs
 from duo_mlx.routes import Route
+from tests.architectures import ARCHITECTURES
+from tests.test_architectures import duo_config as architecture
 
 SHAPE = {
     "hidden_size": 64,
@@ -167,10 +170,57 @@ def test_dispatches_of_a_llama_by_hand():
     np.testing.assert_array_equal(fused.by_route, [[attention + 1 + 3 + 1] * 3] * 2)  # router and two halves of FFNs
 
 
-def test_counting_leaves_mlx_as_it_was():
+def test_counting_leaves_mlx_as_it_was(monkeypatch):
     before = mx.fast.rms_norm, mx.fast.rope, mx.dequantize, conditional.read, launch.execute
     work.dispatches(made(4), "fused")
+    monkeypatch.setattr(dispatches, "_Step", None)  # so that the next count fails in the middle
+    with pytest.raises(TypeError):
+        work.dispatches(made(4), "fused")
     assert (mx.fast.rms_norm, mx.fast.rope, mx.dequantize, conditional.read, launch.execute) == before
+
+
+def test_another_thread_computes_while_one_counts(tiny_model, monkeypatch):
+    model, found = tiny_model(), []
+    expected = model(mx.array([[1, 2, 3]]))
+    mx.eval(expected)
+
+    def compute():
+        found.append(mx.array_equal(model(mx.array([[1, 2, 3]])), expected).item())
+
+    class Interrupted(dispatches._Step):
+        def block(self, *given):
+            if not found:
+                thread = Thread(target=compute)
+                thread.start()
+                thread.join()
+            return super().block(*given)
+
+    monkeypatch.setattr(dispatches, "_Step", Interrupted)
+    work.dispatches(made(), "planned")
+    assert found == [True]
+
+
+def test_what_a_cpu_replaced_is_counted_as_on_a_gpu(tiny_model):
+    model = tiny_model()
+    expected = model(mx.array([[1]]))
+    counted = work.dispatches(work.without_weights(model), "planned")
+    cpu.quicken(model, fuse=True)
+    np.testing.assert_array_equal(work.dispatches(work.without_weights(model), "planned").by_route, counted.by_route)
+    assert mx.allclose(model(mx.array([[1]])), expected, atol=1e-5)  # nothing that is compiled has kept a stand-in
+
+
+@pytest.mark.parametrize("kind", [kind for kind, row in ARCHITECTURES.items() if not row.refused])
+def test_kernels_of_every_architecture(kind):
+    """A skipped FFN starts fewer kernels than big, and every layer of the same make as many as another."""
+    model = work.imagined(ModelArgs.from_dict(architecture(kind)))
+    if kind == "iquestloopcoder":
+        with pytest.raises(DuoError, match=f"kernels of a {kind} cannot be counted layer by layer"):
+            work.dispatches(model, "planned")
+        return
+    table = work.dispatches(model, "planned")
+    assert table.fixed >= 6  # embedding, norm, head, and three to sample
+    assert (table.by_route[:, Route.SKIP] < table.by_route[:, Route.BIG]).all()
+    assert (table.by_route[:, Route.SMALL] - table.by_route[:, Route.SKIP] >= 3).all()
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])

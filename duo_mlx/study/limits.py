@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from duo_mlx import cost
 from duo_mlx.errors import DuoError
+from duo_mlx.flops import flops
 from duo_mlx.model import Model
 from duo_mlx.routes import Route, Routes
 
@@ -96,7 +97,7 @@ def parse_limit(spec: str, model: Model, context: int) -> Limit:
         return Limit(spec, bigs, lambda place: (round(first + (last - first) * place),) * 2, scheduled=True)
     if found := re.fullmatch(r"(bytes|flops):([0-9.]{1,12})", spec):
         share = _share(spec, found[2])
-        table = cost.weight_bytes(model) if found[1] == "bytes" else cost.flops(model.config, context)
+        table = cost.weight_bytes(model) if found[1] == "bytes" else flops(model)(context)
         most = share * float(table.of(np.full(layers, Route.BIG, np.uint8))) * (1 + SLACK)
         return Limit(spec, lambda patterns: table.of(patterns).astype(np.float64), lambda _: (0, most))
     raise DuoError(f"--budget {spec!r}: give {FORMS}")

@@ -17,7 +17,23 @@ from duo_mlx.study.tree import Work
 
 SIZES = (Size(4, 64, 192, 8, 96, 32), Size(5, 96, 192, 8, 128, 32))
 PEAKS = {"training": 0.5, "search": 1.0}  # so small, how far the host is ahead of the device counts for much
+PAPER = ModelArgs.from_dict(
+    {
+        "hidden_size": 2560,
+        "num_hidden_layers": 12,
+        "intermediate_size": 10240,
+        "small_intermediate_size": 640,
+        "num_attention_heads": 20,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 32000,
+    }
+)
+
 COMMITTED = Path(__file__).parents[2] / "docs" / "results" / "scaling" / "scaling.json"
+
+
+def first_big(count, layers=12):
+    return np.array([2] * count + [1] * (layers - count), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +53,22 @@ def test_predictions_are_what_is_counted(rows, part):
             assert "peak" in row.what and row.error <= PEAKS[part], row
         elif sys.platform == "linux" or row.counted is not None:
             assert row.predicted == row.counted > 0, row
+
+
+@pytest.mark.parametrize(
+    ("big", "share"), [(0, 0.297), (1, 0.355), (2, 0.414), (4, 0.531), (6, 0.648), (8, 0.766), (12, 1.0)]
+)
+def test_shares_of_the_papers_model(big, share):
+    table = growth.layer_parameters(PAPER)
+    assert table.of(first_big(big)) / table.of(first_big(12)) == pytest.approx(share, abs=0.0006)
+
+
+def test_parameters_of_the_papers_model():
+    table = growth.layer_parameters(PAPER)
+    skip = np.zeros(12, np.uint8)
+    assert table.of(skip) == pytest.approx(314.6e6, rel=1e-3)
+    assert table.of(first_big(12)) - table.of(skip) == pytest.approx(943.7e6, rel=1e-3)
+    assert table.of(first_big(0)) - table.of(skip) == pytest.approx(59.0e6, rel=1e-3)
 
 
 def test_what_is_predicted_grows_as_the_page_says():

@@ -8,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from duo_mlx import cost
 from duo_mlx.bench import energy, engine, rounds, speculating, summary, touched
 from duo_mlx.bench.grid import DUO, Cell
 from duo_mlx.bench.meters import Meter, Rail, Reading
@@ -16,6 +15,7 @@ from duo_mlx.bench.meters.window import Window
 from duo_mlx.bench.rounds import Case, Prompts, Session, Settings
 from duo_mlx.bench.speculating import Speculating
 from duo_mlx.bench.system import Conditions
+from duo_mlx.flops import flops
 from duo_mlx.generation import policy_of
 from duo_mlx.rounds import Round, Rounds, patterns
 from duo_mlx.speculation import Speculation, run_rounds, speculate
@@ -167,9 +167,9 @@ def test_flops_are_those_of_each_token_in_each_layer(tiny_model, done, pair, cha
     generator.prefill(PROMPTS[:1])
     done.clear()
     generator.decode(15)
-    expected = 0
+    expected, flops_at = 0, flops(model)
     for start, _, each, drafted in done:
-        table = cost.flops(model.config, start + 1 + each.drafted // 2)
+        table = flops_at(start + 1 + each.drafted // 2)
         verified = patterns(model, verify, start, start + each.drafted + 1)
         alike = True
         for layer in range(LAYERS):
@@ -194,7 +194,7 @@ def test_without_drafts_the_work_is_that_of_plain_decoding(tiny_model):
     routes = generator.routes()
     read = touched.bytes_per_token(model, routes, position + 1, "planned")
     assert found["weight_bytes"] + found["cache_bytes"] == read
-    assert found["flops"] == touched.flops_per_token(model, routes, position + 1, "planned")
+    assert found["flops"] == touched.flops_per_token(model.config, flops(model)(position + 1), routes, "planned")
     assert found["drafted"] == found["accepted"] == [] and found["verifications"] == 1
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from duo_mlx import checkpoint, cost
 from duo_mlx.bench import touched
+from duo_mlx.flops import flops as flops_of
 
 ROUTED = {"router_choices": "-sB"}
 LAYERS, CONTEXT = 4, 9
@@ -29,6 +30,10 @@ def routes_of(model, passes, batch):
     routes = np.random.default_rng(0).integers(0, 3, (passes, batch, LAYERS)).astype(np.uint8)
     routes[0] = 0
     return model.config.realised(routes)
+
+
+def flops_per_token(model, routes, context, ran):
+    return touched.flops_per_token(model.config, flops_of(model)(context), routes, ran)
 
 
 def everything_read(model, routes, all_computed=False, by_router=False):
@@ -56,8 +61,8 @@ def test_of_one_sequence_they_are_the_tables(model, by_router):
     table = cost.weight_bytes(model, by_router) + cost.cache_bytes(model, CONTEXT)
     found = touched.bytes_per_token(model, routes, CONTEXT, "planned", by_router)
     assert found == pytest.approx(table.of(routes[:, 0]).mean(), rel=1e-12)
-    flops = touched.flops_per_token(model, routes, CONTEXT, "planned")
-    assert flops == pytest.approx(cost.flops(model.config, CONTEXT).of(routes[:, 0]).mean(), rel=1e-12)
+    flops = flops_per_token(model, routes, CONTEXT, "planned")
+    assert flops == pytest.approx(flops_of(model)(CONTEXT).of(routes[:, 0]).mean(), rel=1e-12)
 
 
 @pytest.mark.parametrize("by_router", [False, True])
@@ -95,7 +100,7 @@ def test_the_reference_and_masked_products_on_a_cpu_read_and_compute_both(model,
             del matrices["model.embed_tokens.weight"]  # a row of it is looked up, which is no product
         attention = LAYERS * 2 * CONTEXT * 16 * 2  # scores and mixtures, over four heads of four
         expected = 2 * sum(map(math.prod, matrices.values())) + attention
-        assert touched.flops_per_token(model, routes, CONTEXT, ran) == expected
+        assert flops_per_token(model, routes, CONTEXT, ran) == expected
 
 
 @pytest.mark.parametrize("ran", ["planned", "sorted", "sync", "fused"])
@@ -103,11 +108,11 @@ def test_other_strategies_leave_out_what_no_route_needs(tiny_model, ran):
     model = tiny_model()
     assert not touched.computes_everything(ran)
     skip, big = (np.full((1, 1, LAYERS), route, np.uint8) for route in (0, 2))
-    for of in (touched.bytes_per_token, touched.flops_per_token):
+    for of in (touched.bytes_per_token, flops_per_token):
         assert of(model, skip, CONTEXT, ran) < of(model, big, CONTEXT, ran) < of(model, skip, CONTEXT, "dense")
 
 
 def test_flops_are_the_mean_over_passes_and_sequences(model):
     routes = routes_of(model, 20, 3)
-    expected = np.mean([cost.flops(model.config, CONTEXT).of(pattern) for each in routes for pattern in each])
-    assert touched.flops_per_token(model, routes, CONTEXT, "sorted") == pytest.approx(expected, rel=1e-12)
+    expected = np.mean([flops_of(model)(CONTEXT).of(pattern) for each in routes for pattern in each])
+    assert flops_per_token(model, routes, CONTEXT, "sorted") == pytest.approx(expected, rel=1e-12)

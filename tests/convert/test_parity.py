@@ -17,6 +17,7 @@ from duo_mlx.convert.parity import Parity
 from duo_mlx.convert.quantise import quantise
 from duo_mlx.convert.tensors import Tensor
 from duo_mlx.errors import DuoError
+from tests.test_architectures import duo_config, made
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "small_intermediate_size": 32}
 VARIANTS = [
@@ -67,6 +68,24 @@ def test_a_wrong_weight_is_found_where_it_acts(saved, name, routes):
     directory, model = saved()
     found = parity.measure(directory, config_of(directory), spoiled(tensors(model), name), tokens=24)
     assert {row.route for row in parity.failures(found)} == routes
+
+
+@pytest.mark.parametrize("spoil", ["", "model.layers.1.mlp.big.down_proj.weight"])
+def test_where_mlx_lm_itself_is_not_transformers(tmp_path, spoil):
+    """mlx-lm's GLM rotates whole heads whatever the config says. A wrong weight is found none the less."""
+    kind, told = "glm", []
+    config = duo_config(kind) | {"partial_rotary_factor": 0.5}
+    model = made(kind)
+    checkpoint.save(tmp_path, config, checkpoint.parameters(model))
+    weights = tensors(model)
+    if spoil:
+        weights = spoiled(weights, spoil)
+    found = parity.measure(tmp_path, config, weights, tokens=24, note=told.append)
+    if spoil:
+        assert told == [] and {row.route for row in parity.failures(found)} >= {"big"}
+        return
+    assert [row.route for row in found] == ["big"] and not parity.failures(found)
+    assert len(told) == 1 and "mlx-lm and transformers differ on a glm" in told[0]
 
 
 def test_what_float32_costs_is_no_difference_and_a_wrong_weight_still_is(saved, tmp_path):

@@ -10,6 +10,7 @@ from duo_mlx.convert.torch_reference import quiet
 from tests.architectures import ARCHITECTURES
 
 BOTH = {kind: row.config for kind, row in ARCHITECTURES.items() if row.both and kind != "opt"}  # in mlx-lm, too
+HOSTED = {kind for kind in BOTH if ARCHITECTURES[kind].hosts}  # whose FFNs can be replaced in both
 OPT = ARCHITECTURES["opt"].config
 POST_NORM = {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 32}  # as the variant with 350 M parameters
 TOKENS = torch.arange(3, 35).reshape(2, 16)

@@ -7,6 +7,7 @@ import pytest
 
 from duo_mlx import cost
 from duo_mlx.errors import DuoError
+from duo_mlx.flops import flops
 from duo_mlx.routes import Route
 from duo_mlx.study.limits import parse_limit
 
@@ -42,7 +43,7 @@ def test_numbers_of_big_layers(tiny_model, spec, allowed):
 @pytest.mark.parametrize("share", [0.6, 0.8, 1.0])
 def test_shares_of_bytes_and_flops(tiny_model, share):
     model = tiny_model()
-    for kind, table in (("bytes", cost.weight_bytes(model)), ("flops", cost.flops(model.config, CONTEXT))):
+    for kind, table in (("bytes", cost.weight_bytes(model)), ("flops", flops(model)(CONTEXT))):
         prices = table.of(PATTERNS)
         found = parse_limit(f"{kind}:{share}", model, CONTEXT).allows(PATTERNS, TOKENS)[:, 0]
         np.testing.assert_array_equal(found, prices <= share * prices.max())
