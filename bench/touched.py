@@ -58,6 +58,6 @@ def flops_per_token(model: Model, routes: Routes, context: int, ran: str) -> flo
     table = cost.flops(args, context)
     if not computes_everything(ran):
         return float(table.of(routes).mean())
-    smalls = sum(args.has_small(layer) for layer in range(args.num_hidden_layers))
-    second = smalls * 2 * 3 * args.hidden_size * args.small_intermediate_size
+    smalls = sum(args.small_width(layer) for layer in range(args.num_hidden_layers))
+    second = 2 * 3 * args.hidden_size * smalls
     return float(table.of(np.full(args.num_hidden_layers, Route.BIG, np.uint8)) + second)

@@ -55,6 +55,8 @@ def layer_parameters(args: Config) -> RouteTable:
     for layer in range(args.num_hidden_layers):
         small = 3 * args.hidden_size * args.small_width(layer)
         by_route[layer, Route.SMALL] = queries + keys + (small or big)
+    for layer in args.small_skips:
+        by_route[layer, Route.SMALL] = skip
     return RouteTable(0, by_route)
 
 
@@ -65,6 +67,7 @@ def flops(args: Config, context: int) -> RouteTable:
     attention = 4 * args.num_attention_heads * head_dim * _attended(args, context)
     if args.skip_scope == "layer":
         attention[:, Route.SKIP] = 0
+        attention[list(args.small_skips), Route.SMALL] = 0
     return RouteTable(2 * args.hidden_size * args.vocab_size, 2 * matrices.by_route + attention)
 
 
@@ -77,7 +80,6 @@ def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
         model: a Duo.
         by_router: the model's own router decides, so its weights are read, too.
     """
-    row = nbytes(model.embedding) // model.config.vocab_size
     blocks, by_route = list(model.layers), np.zeros((model.config.num_hidden_layers, len(Route)), np.int64)
     for index, (costs, block, ffn) in enumerate(zip(by_route, blocks, model.ffns, strict=True)):
         costs[:] = nbytes(block) - nbytes(ffn)
@@ -85,12 +87,17 @@ def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
         if model.parts is not None:
             costs[Route.SKIP] = model.parts[index].skipped_bytes()
         costs[Route.BIG] += active_bytes(ffn.big)
-        costs[Route.SMALL] += active_bytes(ffn.small)
+        costs[Route.SMALL] = costs[Route.SKIP] if ffn.small_skips else costs[Route.SMALL] + active_bytes(ffn.small)
         if by_router:
             costs += nbytes(ffn.router)
-    tied = model.table is model.embedding
-    outside = nbytes(model) - sum(map(nbytes, blocks)) - (0 if tied else nbytes(model.embedding))
-    return RouteTable(outside + row, by_route)
+    tables = _tables(model)
+    whole = nbytes(model) - sum(map(nbytes, blocks)) - sum(nbytes(table) for table in tables if table is not model.table)
+    return RouteTable(whole + sum(nbytes(table) // table.weight.shape[0] for table in tables), by_route)
+
+
+def _tables(model: Model) -> list[Any]:
+    """The embeddings, of which a token reads a row; besides the vocabulary's some bases have one for their layers."""
+    return [module for module in model.modules() if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)]
 
 
 def active_bytes(module: nn.Module) -> int:
@@ -155,6 +162,8 @@ def cache_bytes(model: Model, context: int) -> RouteTable:
     by_route = np.repeat((position * seen)[:, None], len(Route), axis=1)
     if model.parts is not None:
         by_route[:, Route.SKIP] = position  # its own keys and values are still written
+        skips = list(model.config.small_skips)
+        by_route[skips, Route.SMALL] = by_route[skips, Route.SKIP]
     return RouteTable(0, by_route)
 
 

@@ -100,7 +100,7 @@ class Passes:
         def layer(index: int, run: Callable[[mx.array], mx.array], h: mx.array) -> mx.array:
             def weighed(h: mx.array) -> tuple[mx.array, mx.array]:
                 if model.parts is not None:
-                    weights[index], found[index] = weigh(model.ffns[index], model.parts[index].norm(h))
+                    weights[index], found[index] = weigh(model.ffns[index], model.parts[index].seen(h))
                 return run(h), found[index]
 
             h, found[index] = self._recomputed(model, index, weighed)(h)
