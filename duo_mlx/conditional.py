@@ -103,7 +103,8 @@ def _shared(routes: Routes) -> Route | Routes:
 def decide(entry: LayerRoutes | Router, layer: int, x: mx.array, ffns: FFNs, strategy: str) -> tuple[LayerRoutes, str]:
     """The routes of a layer's tokens, and the strategy that carries them out.
 
-    Small is skip where the layer says so (``small_skips``). A router is asked for them with the normalised ``x [..., hidden]``, and ``sync`` reads what the device knows.
+    Small is skip where the layer says so (``small_skips``). A router is asked with the normalised ``x [..., hidden]``,
+    and ``sync`` reads what the device knows.
 
     Raises:
         DuoError: the strategy cannot run here.

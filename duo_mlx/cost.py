@@ -91,7 +91,9 @@ def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
         if by_router:
             costs += nbytes(ffn.router)
     tables = _tables(model)
-    whole = nbytes(model) - sum(map(nbytes, blocks)) - sum(nbytes(table) for table in tables if table is not model.table)
+    whole = (
+        nbytes(model) - sum(map(nbytes, blocks)) - sum(nbytes(table) for table in tables if table is not model.table)
+    )
     return RouteTable(whole + sum(nbytes(table) // table.weight.shape[0] for table in tables), by_route)
 
 
