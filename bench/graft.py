@@ -31,11 +31,12 @@ from duo_mlx.config import Config
 from duo_mlx.convert import graft as grafting
 from duo_mlx.convert.calibration import encode, read_texts
 from duo_mlx.convert.dense import host
-from duo_mlx.convert.graft import Graft, graft
+from duo_mlx.convert.graft import Graft, Grafted, graft
 from duo_mlx.convert.graft.importance import measure_metrics
 from duo_mlx.convert.graft.layers import Layers
 from duo_mlx.convert.graft.solve import Copyable, Moments, SmallFFN
 from duo_mlx.convert.graft.state import State
+from duo_mlx.convert.sorting import in_order
 from duo_mlx.convert.source import Source, open_source
 from duo_mlx.convert.tensors import Tensor
 from duo_mlx.convert.tokenizer import write_tokenizer
@@ -98,6 +99,7 @@ ALIKE: dict[str, Callable[..., Any]] = {"size": equal_size, "heard": equally_hea
 PLAIN: dict[str, Callable[..., Any]] = ALIKE | {"measure_metrics": no_metric, "solve": rough}
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Callable[..., Any]]]] = {
     "default": ({}, {}),
+    **{f"nested, 1/{ratio:g} of big": ({"kind": "nested", "small_ratio": ratio}, {}) for ratio in (4 / 3, 2, 4)},
     "rough, big's output, dense prefix": ({"compensation": 0, "small_share": 0}, PLAIN),
     "rough, dense next state, random prefix": ({"compensation": 1}, PLAIN),
     "rough, mean of both, random prefix": ({"compensation": 0.5}, PLAIN),
@@ -124,14 +126,13 @@ def patterns(layers: int) -> dict[str, str]:
     return every
 
 
-def losses(
-    model: Model, smalls: dict[str, Tensor], extra: dict[str, Any], windows: NDArray[np.int32]
-) -> dict[str, float]:
+def losses(model: Model, grafted: Grafted, windows: NDArray[np.int32]) -> dict[str, float]:
     """Nats a token of each of `patterns` on ``windows [windows, tokens]``."""
     keys = {key: value for key, value in model.config.to_dict().items() if not key.startswith("small_")}
-    made = Model(Config.from_dict(keys | extra))
-    weights = checkpoint.parameters(model) | {name: tensor.load() for name, tensor in smalls.items()}
-    made.load_weights(list(weights.items()))
+    made = Model(Config.from_dict(keys | grafted.config))
+    whole = {name: Tensor.of(array) for name, array in checkpoint.parameters(model).items()}
+    weights = in_order(whole, model, grafted.orders) | grafted.tensors
+    made.load_weights([(name, tensor.load()) for name, tensor in weights.items()])
     layers = made.config.num_hidden_layers
 
     def loss(row: NDArray[np.int32], pattern: str) -> float:
@@ -190,12 +191,13 @@ def command(
         measured = State(Path(folder) / "metrics", {})
         for number, name in enumerate(methods or METHODS):
             changes, parts = METHODS[name]
-            settings = Graft(tokens=tokens, seed=seed, **changes)
+            settings = Graft(**{"kind": "own"} | changes, tokens=tokens, seed=seed)
             with ExitStack() as replaced:
                 for part, other in ({"measure_metrics": metric_of(measured)} | parts).items():
-                    replaced.enter_context(patch(f"{grafting.__name__}.{part}", other))
-                smalls, extra = graft(dense, calibration, settings, Path(folder) / str(number))
-            results[name] = losses(dense, smalls, extra, windows)
+                    where = f"{grafting.__name__}.kinds" if part == "solve" else grafting.__name__
+                    replaced.enter_context(patch(f"{where}.{part}", other))
+                made = graft(dense, calibration, settings, Path(folder) / str(number))
+            results[name] = losses(dense, made, windows)
             click.echo(f"{name:44}" + "".join(f"{value:9.3f}" for value in results[name].values()))
             if out:  # after each, as a method takes minutes
                 write_output(out, record | {"nats_per_token": results})

@@ -11,6 +11,7 @@ from duo_mlx import checkpoint
 from duo_mlx.config import Config
 from duo_mlx.convert import calibration, dense, guard, packing, plan
 from duo_mlx.convert.calibration import Calibration, Text
+from duo_mlx.convert.sorting import sort_neurons
 from duo_mlx.convert.source import Source, open_source
 from duo_mlx.convert.tensors import Tensors, dtype_name
 from duo_mlx.convert.tokenizer import write_tokenizer
@@ -261,20 +262,20 @@ class _Job:
         assert self.graft is not None
         model = dense.host(dense.written(directory), self.source.config)
         dtype = dtype_name(model.dtype)
-        smalls, extra = make_small(
-            model, ids.graft, self.graft, self.state, self.watch.stage("grafting"), self.watch.note
-        )
+        made = make_small(model, ids.graft, self.graft, self.state, self.watch.stage("grafting"), self.watch.note)
         without = {key: value for key, value in self.source.config.items() if key != "small_layers"}
-        config = {key: value for key, value in (without | extra).items() if value is not None}
+        config = {key: value for key, value in (without | made.config).items() if value is not None}
         expected = plan.expected_shapes(Config.from_dict(config))
         of_small = {
             name: shape
             for name, shape in expected.items()
             if name.startswith(tuple(f"{path}.small." for path in model.ffn_paths))
         }
-        if misfits := plan.misfits(smalls, of_small):
+        if misfits := plan.misfits(made.tensors, of_small):
             raise plan.MisfitError(self.source.name, misfits)
-        write_more(directory, {name: tensor.astype(dtype) for name, tensor in smalls.items()}, "model-small")
+        if made.orders:
+            sort_neurons(directory, model, made.orders)
+        write_more(directory, {name: tensor.astype(dtype) for name, tensor in made.tensors.items()}, "model-small")
         checkpoint.save_config(directory, config)
         return config
 

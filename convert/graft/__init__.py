@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -19,16 +19,20 @@ from numpy.typing import NDArray
 
 from duo_mlx import checkpoint
 from duo_mlx.convert.graft.importance import heard, measure_metrics, size
+from duo_mlx.convert.graft.kinds import Kind, Nested, Own, Small
 from duo_mlx.convert.graft.layers import Layers, batches
-from duo_mlx.convert.graft.neurons import Neurons, active_width, name_neurons
-from duo_mlx.convert.graft.solve import Copyable, Moments, SmallFFN, solve
+from duo_mlx.convert.graft.neurons import active_width, name_neurons
+from duo_mlx.convert.graft.solve import Moments
 from duo_mlx.convert.graft.state import State
+from duo_mlx.convert.graft.survey import neurons_of, survey
 from duo_mlx.convert.tensors import Tensor
 from duo_mlx.errors import DuoError
-from duo_mlx.forms import ACTIVATIONS
+from duo_mlx.forms import form, unknown
 from duo_mlx.model import Model
 
 WINDOW = 256  # tokens
+RATIOS = {"nested": 2.0, "own": 16.0}  # big's width over small's where nobody says
+SMALL = [f"{name}_proj.{part}" for name in ("gate", "up", "down") for part in ("weight", "bias")]
 LEAST = 16 * WINDOW
 
 
@@ -36,19 +40,30 @@ LEAST = 16 * WINDOW
 class Graft:
     """How a dense model is grafted."""
 
-    small_ratio: int = 16  # big's width over small's
+    kind: str | None = None  # "own" or "nested"; None: nested if it can be
+    small_ratio: float | None = None  # big's width over small's; None: `RATIOS`
     small_layers: tuple[int, ...] | None = None  # layers that get a small FFN; None: all
     tokens: int = 20_000  # calibration tokens, at most
     seed: int = 0
-    linear_share: float = 0.5  # of small's neurons
+    linear_share: float = 0.5  # of the neurons of an own small FFN
     compensation: float = 0.25  # share of the routed prefix's error that a small FFN is to take back
     small_share: float = 0.5  # probability of small in the routed prefix
 
     def __post_init__(self) -> None:
-        if self.small_ratio < 2:
-            raise DuoError(f"--small-ratio is {self.small_ratio}; it must be at least 2")
+        if self.kind not in (None, *RATIOS):
+            raise DuoError(f"--small-kind is {self.kind!r}; it must be {' or '.join(RATIOS)}")
+        if self.small_ratio is not None and not self.small_ratio > 1:
+            raise DuoError(f"--small-ratio is {self.small_ratio:g}; it must be more than 1")
         if self.tokens < LEAST:
             raise DuoError(f"--calibration-tokens is {self.tokens}; it must be at least {LEAST}")
+
+
+class Grafted(NamedTuple):
+    """What a graft made."""
+
+    tensors: dict[str, Tensor]  # weights of small by the model's names, in float32
+    config: dict[str, Any]  # what config.json gains
+    orders: dict[int, NDArray[np.intp]]  # by layer, in which big's neurons are to be put; empty: they stay
 
 
 def graft(
@@ -58,8 +73,8 @@ def graft(
     work: Path,
     progress: Callable[[int, int], object] = lambda *_: None,
     note: Callable[[str], object] = lambda _: None,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The small FFNs of a dense model, and what its config.json gains.
+) -> Grafted:
+    """Make the small FFNs of a dense model.
 
     Args:
         model: a Duo of the dense model without small FFNs (``small_layers`` is empty). A layer's weights are read when
@@ -70,38 +85,47 @@ def graft(
         progress: is called with the steps that are done and all steps.
         note: is told if a graft is resumed.
 
-    Returns:
-        Weights of small by the model's names (``model.layers.0.mlp.small.gate_proj.weight``) in float32, and the
-        configuration's new keys.
-
     Raises:
-        DuoError: the text is too short, a layer does not exist, the model's layers cannot be run one by one, or
-            ``work`` is another graft's.
+        DuoError: the text is too short, a layer does not exist, the model's layers cannot be run one by one, small FFNs
+            cannot be nested in its big ones, or ``work`` is another graft's.
     """
     count = model.config.num_hidden_layers
     chosen = tuple(range(count)) if settings.small_layers is None else settings.small_layers
     if wrong := [layer for layer in chosen if not 0 <= layer < count]:
         raise DuoError(f"--small-layers names layer {wrong[0]}, but the {count} layers are 0 to {count - 1}")
+    kind = settings.kind or ("nested" if all(_nests(model, index) for index in chosen) else "own")
+    if kind == "nested":
+        for index in chosen:
+            _require_nesting(model, index)
+    ratio = settings.small_ratio or RATIOS[kind]
     wide = min(active_width(model.ffns[index].big, model.config.hidden_size) for index in chosen)
-    width = wide // settings.small_ratio
-    if width < 2:
-        raise DuoError(f"--small-ratio {settings.small_ratio} leaves {width} of {wide} neurons")
+    if wide // ratio < 2:
+        raise DuoError(f"--small-ratio {ratio:g} leaves {wide // ratio:.0f} of {wide} neurons")
     windows = cut(ids[: settings.tokens], model.config.base)
     layers = Layers(model, WINDOW)
     embedded = layers.embed(windows)
     state = State(work, _describe(model, settings, windows, embedded))
-
-    done = 0
+    total, done = (4 if kind == "nested" else 3) * count, 0
 
     def step() -> None:
         nonlocal done
         done += 1
-        progress(done, 3 * count)
+        progress(done, total)
 
     if state.has("metric-0"):  # the last that is measured
         done = 2 * count
     else:
         measure_metrics(layers, windows, state, step)
+    has = tuple(index in chosen for index in range(count))
+    made: Kind
+    if kind == "nested":
+        if state.has("widths"):
+            done += count
+        else:
+            survey(layers, windows, has, ratio, state, step)
+        made = Nested(tuple(state.load("widths").tolist()), state)
+    else:
+        made = Own(has, int(wide // ratio), _activation(layers, windows), settings.linear_share, state)
     first = max((layer for layer in range(count + 1) if state.has(f"dense-{layer}")), default=0)
     if not state.has(f"dense-{first}"):
         state.save("routed-0", embedded)
@@ -109,16 +133,39 @@ def graft(
     elif first:
         note(f"resuming the graft in {work} at layer {first} of {count}")
     done += first
-    activation = _activation(layers, windows)
     for index in range(first, count):
-        _Layer(layers, index, settings, width, activation, state).graft(index in chosen)
+        _Layer(layers, index, settings, made, state).graft()
         step()
-    extra: dict[str, Any] = {"small_intermediate_size": width, "small_bias": True}
-    if activation != "silu":
-        extra["small_activation"] = activation
-    if settings.small_layers is not None:
-        extra["small_layers"] = sorted(set(chosen))
-    return {name: tensor for index in chosen for name, tensor in _tensors(model, index, state).items()}, extra
+    solved = [index for index in range(count) if made.width(index)]
+    return Grafted(
+        {name: tensor for index in solved for name, tensor in _tensors(model, index, state).items()},
+        made.config(),
+        {index: state.load(f"order-{index}") for index in solved} if kind == "nested" else {},
+    )
+
+
+def _nests(model: Model, index: int) -> bool:
+    try:
+        _require_nesting(model, index)
+    except DuoError:
+        return False
+    return True
+
+
+def _require_nesting(model: Model, index: int) -> None:
+    """Refuse an FFN whose neurons cannot be sorted.
+
+    Raises:
+        DuoError: its form is not known, or it is quantised: columns of packed weights cannot change places.
+    """
+    big = model.ffns[index].big
+    if form(big) is None:
+        raise DuoError(f"--small-kind nested: layer {index}: {unknown(big)}; use --small-kind own")
+    if any("scales" in part for part in big.modules()):
+        raise DuoError(
+            f"--small-kind nested: layer {index} is quantised, so its neurons cannot be sorted; use --small-kind own, "
+            "or graft the model in float and quantise it with --bits"
+        )
 
 
 def cut(ids: NDArray[np.integer], config: dict[str, Any]) -> NDArray[np.integer]:
@@ -157,61 +204,50 @@ class _Layer:
     layers: Layers
     index: int
     settings: Graft
-    width: int
-    activation: str
+    kind: Kind
     state: State
 
-    def graft(self, has_small: bool) -> None:
+    def graft(self) -> None:
         """Solve the layer's small FFN and carry both prefixes on, from ``state`` and to it."""
         state, index = self.state, self.index
         dense, routed = state.load(f"dense-{index}"), state.load(f"routed-{index}")
         with self.layers.in_float32(index):
-            self._carry_on(dense, routed, has_small)
+            self._carry_on(dense, routed)
         state.save(f"routed-{index + 1}", routed)
         state.save(f"dense-{index + 1}", dense)
         state.drop(f"routed-{index}")
         state.drop(f"dense-{index}")
 
-    def _carry_on(self, dense: NDArray[np.float32], routed: NDArray[np.float32], has_small: bool) -> None:
-        layers, index = self.layers, self.index
+    def _carry_on(self, dense: NDArray[np.float32], routed: NDArray[np.float32]) -> None:
+        layers, index, kind = self.layers, self.index, self.kind
         before, inputs, said = routed.copy(), np.empty_like(routed), np.empty_like(routed)
         plain = layers.adds(index, mx.array(routed[:1]))
-        neurons = self._neurons(routed[:1])
-        moments = Moments.empty(routed.shape[-1], neurons.count if neurons else 0, routed.shape[-1])
+        neurons = kind.copies(neurons_of(layers, index, routed[:1]))
+        moments: Moments | None = None
         positions = None
         for rows in batches(len(dense)):
             after = layers.run(index, mx.array(dense[rows]))
             out, x, big, inner = layers.open(index, mx.array(routed[rows]), neurons)
             dense[rows], routed[rows], inputs[rows], said[rows] = (np.array(each) for each in (after, out, x, big))
-            if not has_small:
+            if not kind.width(index):
                 continue
             positions = heard(layers, index + 1, after) if positions is None else positions
             weights, lost = positions / size(after), after - out
             if not plain:
                 lost, loudness = layers.pull_back(index, mx.array(before[rows]), lost)
                 weights = weights * loudness
-            moments.add(x, inner, big + self.settings.compensation * lost, weights)
-        if has_small:
-            small = self._solve(moments, neurons)
+            seen = kind.seen(x)
+            moments = moments or Moments.empty(seen.shape[-1], neurons.count if neurons else 0, routed.shape[-1])
+            moments.add(seen, inner, big + self.settings.compensation * lost, weights)
+        if moments is not None:
+            small = kind.solve(index, moments, neurons)
+            for name, value in small.tensors().items():
+                self.state.save(f"small-{index}-{name}", value)
             self._let_small_speak(small, routed, before, inputs, said, plain)
-
-    def _neurons(self, h: NDArray[np.float32]) -> Neurons | None:
-        """Those that small can copy."""
-        _, x, *_ = self.layers.open(self.index, mx.array(h))
-        found = name_neurons(self.layers.big(self.index), x)
-        return found if found is not None and found.activation == self.activation else None
-
-    def _solve(self, moments: Moments, neurons: Neurons | None) -> SmallFFN:
-        linear = round(self.settings.linear_share * self.width)
-        metric = self.state.load(f"metric-{self.index}")
-        small = solve(moments, Copyable.of(neurons, moments.inputs), metric, self.width, linear, self.activation)
-        for name, value in vars(small).items():
-            self.state.save(f"small-{self.index}-{name}", value)
-        return small
 
     def _let_small_speak(
         self,
-        small: SmallFFN,
+        small: Small,
         routed: NDArray[np.float32],
         before: NDArray[np.float32],
         inputs: NDArray[np.float32],
@@ -222,7 +258,7 @@ class _Layer:
         random = np.random.default_rng([self.settings.seed, self.index])
         drawn = random.random((*routed.shape[:2], 1)) < self.settings.small_share
         for rows in batches(len(routed)):
-            own = np.array(run(small, mx.array(inputs[rows]), self.activation))
+            own = np.array(small(mx.array(inputs[rows])))
             change = np.where(drawn[rows], own - said[rows], 0)
             if plain:
                 routed[rows] += change
@@ -231,21 +267,14 @@ class _Layer:
                 routed[rows] = np.array(self.layers.give(self.index, mx.array(before[rows]), spoken))
 
 
-def run(small: SmallFFN, x: mx.array, activation: str = "silu") -> mx.array:
-    """What a small FFN gives for ``x [..., inputs]``."""
-    parts = {name: mx.array(value) for name, value in vars(small).items()}
-    inner = ACTIVATIONS[activation](x @ parts["gate"].T + parts["gate_bias"]) * (x @ parts["up"].T + parts["up_bias"])
-    return inner @ parts["down"].T + parts["down_bias"]
-
-
 def _tensors(model: Model, index: int, state: State) -> dict[str, Tensor]:
     """A layer's small FFN by the model's names, read from ``state`` when it is loaded."""
     path = model.ffn_paths[index]
-    found = {}
-    for name in SmallFFN.__dataclass_fields__:
-        part = f"{name.removesuffix('_bias')}_proj.{'bias' if name.endswith('_bias') else 'weight'}"
-        found[f"{path}.small.{part}"] = _lazy(state, f"small-{index}-{name}")
-    return found
+    return {
+        f"{path}.small.{name}": _lazy(state, f"small-{index}-{name}")
+        for name in SMALL
+        if state.has(f"small-{index}-{name}")
+    }
 
 
 def _lazy(state: State, name: str) -> Tensor:

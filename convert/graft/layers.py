@@ -1,6 +1,6 @@
 """A dense model's layers one at a time in float32, as its own pass calls them, with inputs and outputs of FFNs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -85,6 +85,10 @@ class Layers:
     def give(self, index: int, h: mx.array, said: mx.array) -> mx.array:
         """A layer's output where its FFN says ``said``."""
         return self._open.open(index, h, lambda *_: said)
+
+    def say(self, index: int, h: mx.array, small: Callable[[mx.array], mx.array]) -> mx.array:
+        """A layer's output where ``small`` speaks for its FFN."""
+        return self._open.open(index, h, lambda _, x: small(x))
 
     def adds(self, index: int, h: mx.array) -> bool:
         """Whether a layer does no more with its FFN's output than to add it, as found on ``h``."""

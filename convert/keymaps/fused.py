@@ -1,5 +1,6 @@
 """Canonical names with fewer and larger matrices: q, k and v as ``qkv_proj``, gate and up as ``gate_up_proj``."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Fused:
             if whole == "qkv":
                 sizes = [width(config, size) for size in ("q", "kv", "kv")]
             else:  # layers may have small FFNs of different widths
-                sizes = [tensor.shape[0] // 2] * 2
+                sizes = [math.prod(tensor.shape[:1]) // 2] * 2
             names = [f"{match[1]}{module}.{part}_proj{match[3]}" for part in PARTS[whole]]
             pieces += [(name, *part) for part in zip(names, split(name, tensor, sizes), strict=True)]
         return collect(pieces)

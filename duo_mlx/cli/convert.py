@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("half", "interleaved")
 NAMES = ("transformers", "canonical", "llama", "fused")  # that an export can have
+SMALL_KINDS = ("nested", "own")
 BITS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (32, 64, 128)
 CHOICES = tuple("".join(routes) for count in (2, 3) for routes in permutations("-sB", count))  # of a router
@@ -51,7 +52,10 @@ FILE = click.Path(path_type=Path)
 @click.option(
     "--measure-tokens", type=click.IntRange(min=0), default=1024, show_default=True, help="0: do not measure."
 )
-@click.option("--small-ratio", type=click.IntRange(min=1), default=16, show_default=True, help="big's width / small's.")
+@click.option("--small-kind", type=click.Choice(SMALL_KINDS), help="[default: nested if that can be]")
+@click.option(
+    "--small-ratio", type=click.FloatRange(min=1, max=4096), help="big's width / small's.  [default: nested 2, own 16]"
+)
 @click.option(
     "--small-layers", metavar="SPEC", callback=parse_layers, help="1-28 or 0,2,4-9; the others stay big only."
 )
@@ -138,6 +142,7 @@ def _convert(source: str, destination: Path, options: dict[str, Any], watch: "Wa
         from duo_mlx.convert.graft import Graft
 
         graft = Graft(
+            kind=options["small_kind"],
             small_ratio=options["small_ratio"],
             small_layers=options["small_layers"],
             tokens=options["calibration_tokens"],

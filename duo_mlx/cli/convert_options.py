@@ -13,6 +13,7 @@ EXPORT = ("names", "dequantise")
 WITH_EXPORT = {"source", "destination", "to", "revision", "verify", "force", *EXPORT}
 # an option, and those of which it needs one
 NEEDS = {
+    "small_kind": ("graft",),
     "small_ratio": ("graft",),
     "small_layers": ("graft",),
     "calibration_tokens": ("graft",),

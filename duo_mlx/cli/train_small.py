@@ -10,7 +10,7 @@ from duo_mlx.cli import train_options
 if TYPE_CHECKING:
     from duo_mlx.training.stage import Stage
 
-OBJECTIVES = ("lm", "draft")
+OBJECTIVES = ("lm", "distill", "draft")
 DRAFTING = ("route", "draft_vocabulary")  # options of that objective alone
 
 
@@ -34,11 +34,14 @@ def command(context: click.Context, /, **options: Any) -> None:
 
     \b
     Objectives:
-      lm     the loss on the text under random routing, as in train routes
-      draft  for speculative decoding: what all big says next, learnt by the
-             tokens of --route that follow a text which took big. kl is how far
-             they are from it in nats, accepted and greedy are the shares of
-             drafted tokens that all big would take, sampled and likeliest
+      lm       the loss on the text under random routing, as in train routes
+      distill  what all big says next, learnt under random routing. Each
+               sequence draws its share of big, --p-big on average
+      draft    for speculative decoding: the same, learnt by the tokens of
+               --route that follow a text which took big
+    kl is how far routed tokens are from all big in nats; accepted and greedy
+    are the shares of them that all big would take, sampled and likeliest.
+
     \b
     Examples:
       duo-mlx train small novels/*.txt --model smollm2-duo --out better
@@ -57,6 +60,7 @@ def command(context: click.Context, /, **options: Any) -> None:
     from duo_mlx.errors import DuoError
     from duo_mlx.model import Config
     from duo_mlx.routes import parse_pattern
+    from duo_mlx.training.distill import Distill
     from duo_mlx.training.passes import Passes
     from duo_mlx.training.small import Draft, SmallLearns
 
@@ -67,7 +71,7 @@ def command(context: click.Context, /, **options: Any) -> None:
         layers = args.num_hidden_layers
         if draft:
             return Draft(layers, **how, pattern=tuple(parse_pattern(options["route"], layers).tolist()))
-        return SmallLearns(layers, **how)
+        return (Distill if options["objective"] == "distill" else SmallLearns)(layers, **how)
 
     model = checkpoint.resolve(options["path"], options["revision"])
     vocabulary = options["draft_vocabulary"]

@@ -13,7 +13,7 @@ from duo_mlx.training import data, start, state, tokenizer
 from duo_mlx.training.data import Data
 from duo_mlx.training.folder import Folder
 from duo_mlx.training.job import Job, Watch
-from duo_mlx.training.routers import MODULE
+from duo_mlx.training.stage import module_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _prepare(job: Job, folder: Folder, watch: Watch) -> Prepared:
     learn = list(filter(job.stage(Config.from_dict(config)).learns, weights))
     if not learn:
         raise DuoError(f"{job.model}: has nothing that learns here, such as small FFNs")
-    if not all(MODULE in name for name in learn):
+    if not all(module_of(name) == "router" for name in learn):
         for measured in ("best_patterns", "router_offsets"):  # on the weights before
             config.pop(measured, None)
     read = data.open_data(job.question, folder.tokens, config["vocab_size"], watch.stage("checking tokens"))

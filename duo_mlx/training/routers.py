@@ -8,8 +8,7 @@ from duo_mlx.model import Model
 from duo_mlx.routed import RoutedModel
 from duo_mlx.routes import Route
 from duo_mlx.training.passes import Passes, cross_entropy
-
-MODULE = ".mlp.router."
+from duo_mlx.training.stage import module_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class RouterLearns:
     passes: Passes
 
     def learns(self, name: str) -> bool:
-        return MODULE in name
+        return module_of(name) == "router"
 
     def hard(self, model: Model, windows: mx.array) -> dict[str, mx.array]:
         """The loss by the router's own routes, ``hard``, and the share of big among them, ``share``."""

@@ -15,7 +15,7 @@ from duo_mlx.model import Model
 from duo_mlx.policies import RandomPolicy
 from duo_mlx.routes import Route, Routes
 from duo_mlx.training.passes import Passes, cross_entropy
-from duo_mlx.training.stage import Drawn, randomness
+from duo_mlx.training.stage import Drawn, module_of, randomness
 
 UNIFORM = {"big": Route.BIG, "random": None, "small": Route.SMALL, "skip": Route.SKIP}  # None: random routing
 VALIDATION = 1  # where random numbers of validation are, beside those of training
@@ -45,11 +45,8 @@ class RandomRouting:
     text_losses: ClassVar[tuple[str, ...]] = tuple(UNIFORM)
 
     def learns(self, name: str) -> bool:
-        if ".small." in name:
-            return self.small > 0
-        if ".mlp.big." in name:
-            return self.big > 0 or self.whole_big > 0
-        return ".mlp.router." not in name
+        used = {"small": self.small > 0, "big": self.big > 0 or self.whole_big > 0, "router": False}
+        return used.get(module_of(name), True)
 
     def draw(self, random: np.random.Generator, length: int, step: int) -> Drawn:  # noqa: ARG002
         routes = self._routes(random, length)

@@ -1,6 +1,7 @@
 """The small FFNs of a grafted model learn beside the rest, which stays as it is.
 
-Two objectives. ``lm``: the loss on the text under random routing, as in stage 1. ``draft``: what speculative decoding
+Three objectives. ``lm``: the loss on the text under random routing, as in stage 1. ``distill``: all big's predictions
+under random routing (`duo_mlx.training.distill`). ``draft``: what speculative decoding
 wants of a draft, the next-token distribution that all big has. A draft reads keys and values that all big wrote when
 it verified the text so far: each token of a text is a first draft after those before it (`duo_mlx.beside`). The loss is
 the mean Kullback-Leibler divergence from all big's distribution to the draft's, both over the tokens that drafts choose
@@ -10,6 +11,7 @@ Texts are given, not generated ("teacher forced"); those that all big has writte
 are what it will draft for. What is left aside: a round's later drafts also read keys and values of drafts.
 """
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +23,9 @@ from duo_mlx.model import Model
 from duo_mlx.routes import Route
 from duo_mlx.sampling import Sampling
 from duo_mlx.training.routing import UNIFORM, RandomRouting
-from duo_mlx.training.stage import Drawn
+from duo_mlx.training.stage import Drawn, module_of
+
+NUMBER = re.compile(r"\.(\d+)\.")  # of the layer in a weight's name, such as model.layers.3.mlp.small.up_proj.weight
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class SmallLearns(RandomRouting):
     """Random routing, in which nothing but the small FFNs learns."""
 
     def learns(self, name: str) -> bool:
-        return ".small." in name
+        return module_of(name) == "small"
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Draft(SmallLearns):
     columns: ClassVar[tuple[str, ...]] = (*UNIFORM, "kl", "accepted", "greedy")
 
     def learns(self, name: str) -> bool:
-        return super().learns(name) and self.pattern[int(name.split(".")[2])] == Route.SMALL  # model.layers.N.mlp ...
+        layer = NUMBER.search(name)
+        return super().learns(name) and layer is not None and self.pattern[int(layer[1])] == Route.SMALL
 
     def draw(self, random: np.random.Generator, length: int, step: int) -> Drawn:  # noqa: ARG002
         return {"keys": self.passes.keys(random, self.layers)}
@@ -55,7 +60,7 @@ class Draft(SmallLearns):
         big, caches = self._verified(model, tokens)
         pattern = np.array(self.pattern, np.uint8)
         draft = self.passes.logits(model, tokens, pattern, drawn["keys"], caches, model.draft_head())
-        return _divergence(big, draft).mean(axis=-1)
+        return divergence(big, draft).mean(axis=-1)
 
     def measure(self, model: Model, windows: mx.array, first: int) -> dict[str, mx.array]:
         """The loss by route; the divergence ``kl``, and the shares of drafted tokens that all big would accept.
@@ -69,7 +74,7 @@ class Draft(SmallLearns):
             mx.float32
         )
         return super().measure(model, windows, first) | {
-            "kl": _divergence(big, draft).mean(axis=-1),
+            "kl": divergence(big, draft).mean(axis=-1),
             "accepted": Sampling(1.0).acceptance(draft, big).mean(axis=-1),
             "greedy": Sampling().acceptance(draft, big).mean(axis=-1),
         }
@@ -81,8 +86,8 @@ class Draft(SmallLearns):
         return mx.stop_gradient(big), beside.drafting(caches)
 
 
-def _divergence(p: mx.array, q: mx.array) -> mx.array:
-    """KL(p || q) in nats of two distributions over the tokens of q, given by logits ``[..., vocab]``."""
+def divergence(p: mx.array, q: mx.array) -> mx.array:
+    """Return KL(p || q) in nats of two distributions over the tokens of q, given by logits ``[..., vocab]``."""
     p = p[..., : q.shape[-1]]
     total_p, total_q = (mx.logsumexp(each, axis=-1) for each in (p, q))
     return (mx.exp(p - total_p[..., None]) * (p - q)).sum(axis=-1) - total_p + total_q

@@ -1,5 +1,6 @@
 """What a stage of training is to the loop: which parameters learn, what is drawn, the loss, and what is validated."""
 
+import re
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -43,6 +44,15 @@ class Stage(Protocol):
             first: the number of the first of these windows among all that are validated; what is drawn for a window
                 depends on its number alone.
         """
+
+
+def module_of(name: str) -> str:
+    """Return "big", "small" or "router" for a weight of a Duo's FFN by its name, and else nothing.
+
+    The first of these words counts: experts inside big have routers, too.
+    """
+    found = re.search(r"\.(big|small|router)\.", name)
+    return found[1] if found else ""
 
 
 def randomness(seed: int, *place: int) -> np.random.Generator:

@@ -90,13 +90,14 @@ def graft(monkeypatch):
 
     @dataclass(frozen=True)
     class Graft:
-        small_ratio: int = 16
+        kind: str | None = None
+        small_ratio: float | None = None
         small_layers: tuple[int, ...] | None = None
         tokens: int = 20000
         seed: int = 0
 
         def __post_init__(self):
-            if self.small_ratio > 1000:
+            if (self.small_ratio or 0) > 1000:
                 raise DuoError("--small-ratio: no neuron would be left")
 
     def make(model, ids, settings, work, progress, _):
@@ -104,7 +105,10 @@ def graft(monkeypatch):
         resumed = len(list(work.iterdir()))
         fake.calls.append((settings, ids, resumed))
         weights = checkpoint.parameters(model)
-        layers, width = model.config.num_hidden_layers, model.config.intermediate_size // settings.small_ratio
+        layers, width = (
+            model.config.num_hidden_layers,
+            int(model.config.intermediate_size // (settings.small_ratio or 16)),
+        )
         chosen = range(layers) if settings.small_layers is None else settings.small_layers
         smalls = {}
         for layer in range(layers):
@@ -121,7 +125,7 @@ def graft(monkeypatch):
                 smalls[f"{prefix}.weight"] = Tensor.of(small)
                 smalls[f"{prefix}.bias"] = Tensor.of(mx.full(small.shape[:1], 0.1))
         extra = {"small_intermediate_size": width, "small_bias": True, "small_layers": settings.small_layers}
-        return smalls, extra
+        return types.SimpleNamespace(tensors=smalls, config=extra, orders={})
 
     fake.Graft, fake.graft = Graft, make
     monkeypatch.setitem(sys.modules, "duo_mlx.convert.graft", fake)

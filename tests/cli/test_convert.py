@@ -241,7 +241,7 @@ def test_amounts():
 def test_the_library_tells_of_its_stages(dense, graft, text, tmp_path):
     seen = []
     watch = converting.Watch(lambda *call: seen.append(call))
-    options = {"calibrate": calibration.Calibration((text,), 128), "graft": graft.Graft(4), "watch": watch}
+    options = {"calibrate": calibration.Calibration((text,), 128), "graft": graft.Graft(small_ratio=4), "watch": watch}
     directory = dense(hidden_size=64, intermediate_size=128)
     converting.convert(directory, tmp_path / "model", bits=converting.Bits(4, None, 32), **options)
     stages = list(dict.fromkeys(call[0] for call in seen))

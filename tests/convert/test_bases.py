@@ -75,7 +75,7 @@ def small_ffns(model, *_):
         for path in model.ffn_paths
         for name, shape in shapes.items()
     }
-    return smalls, {"small_intermediate_size": 32}
+    return types.SimpleNamespace(tensors=smalls, config={"small_intermediate_size": 32}, orders={})
 
 
 @pytest.fixture

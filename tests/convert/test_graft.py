@@ -16,7 +16,7 @@ from duo_mlx.convert.graft.state import State
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
 
-SETTINGS = Graft(small_ratio=8, tokens=LEAST)
+SETTINGS = Graft("own", small_ratio=8, tokens=LEAST)
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 48, "vocab_size": 32}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "rms_norm_eps": 1e-5}
 CONTEXT = {"max_position_embeddings": 512, "rope_theta": 1e4}
@@ -87,8 +87,8 @@ def test_small_is_nearer_to_big_than_nothing_and_copied_neurons_help(kind, ids, 
     before = model(mx.array(ids[None, :64]))
     errors = {}
     for share in (0.5, 1.0):
-        settings = Graft(small_ratio=4, tokens=LEAST, linear_share=share)
-        smalls, extra = graft(model, ids, settings, tmp_path / str(share))
+        settings = Graft("own", small_ratio=4, tokens=LEAST, linear_share=share)
+        smalls, extra, _ = graft(model, ids, settings, tmp_path / str(share))
         made = duo(model, smalls, extra)
         assert mx.allclose(made(mx.array(ids[None, :64])), before, atol=1e-4).item()
         errors[share] = np.mean(distances(made, ids, model.config.hidden_size))
@@ -105,7 +105,7 @@ def test_copied_neurons_are_the_modules_own_also_of_a_quantised_one(kind, ids, t
     model = dense(kind, **({"n_embd": 64} if kind == "gpt2" else {"hidden_size": 64, "intermediate_size": 64}))
     if kind != "gpt2":
         nn.quantize(model, 32, 8, class_predicate=lambda path, _: ".big." in path)
-    smalls, extra = graft(model, ids, SETTINGS, tmp_path / "state")
+    smalls, extra, _ = graft(model, ids, SETTINGS, tmp_path / "state")
     gates = np.array(smalls[f"{model.ffn_paths[0]}.small.gate_proj.weight"].load())
     copied = gates[extra["small_intermediate_size"] // 2 :]
     big = model.ffns[0].big
@@ -128,7 +128,7 @@ def test_a_base_that_does_not_open_is_refused_by_name(ids, tmp_path):
 def test_every_tensor_fits_the_configuration_and_weights_stay(ids, tmp_path):
     model = dense()
     model.set_dtype(mx.bfloat16)
-    smalls, extra = graft(model, ids, SETTINGS, tmp_path / "state")
+    smalls, extra, _ = graft(model, ids, SETTINGS, tmp_path / "state")
     assert extra == {"small_intermediate_size": 6, "small_bias": True}
     expected = {n: v.shape for n, v in tree_flatten(duo(model, smalls, extra).parameters()) if ".small." in n}
     assert {name: tensor.shape for name, tensor in smalls.items()} == expected
@@ -138,7 +138,9 @@ def test_every_tensor_fits_the_configuration_and_weights_stay(ids, tmp_path):
 
 def test_layers_that_are_left_big_only(ids, tmp_path):
     model = dense()
-    smalls, extra = graft(model, ids, Graft(small_ratio=8, tokens=LEAST, small_layers=(2, 0)), tmp_path / "state")
+    smalls, extra, _ = graft(
+        model, ids, Graft("own", small_ratio=8, tokens=LEAST, small_layers=(2, 0)), tmp_path / "state"
+    )
     assert extra["small_layers"] == [0, 2]
     assert {name.split(".")[2] for name in smalls} == {"0", "2"}
     duo(model, smalls, extra)
@@ -151,7 +153,7 @@ class StopError(Exception):
 @pytest.mark.parametrize("after", [1, 4, 6, 7, 8])
 def test_an_interrupted_graft_goes_on_where_it_was(ids, tmp_path, after):
     model = dense()
-    whole, _ = graft(model, ids, SETTINGS, tmp_path / "whole")
+    whole, *_ = graft(model, ids, SETTINGS, tmp_path / "whole")
 
     def stop(done, total):
         assert total == 9
@@ -161,7 +163,7 @@ def test_an_interrupted_graft_goes_on_where_it_was(ids, tmp_path, after):
     with pytest.raises(StopError):
         graft(model, ids, SETTINGS, tmp_path / "state", stop)
     steps, notes = [], []
-    again, _ = graft(model, ids, SETTINGS, tmp_path / "state", lambda done, _: steps.append(done), notes.append)
+    again, *_ = graft(model, ids, SETTINGS, tmp_path / "state", lambda done, _: steps.append(done), notes.append)
     assert steps == list(range(after + 1 if after >= 6 else 1, 10))
     assert len(notes) == (after > 6) and all("resuming the graft" in note for note in notes)
     for name, tensor in whole.items():
@@ -174,7 +176,7 @@ def test_another_graft_does_not_go_on_from_this_ones_state(ids, tmp_path):
     other = dense()
     other.layers[1].input_layernorm.weight = model.layers[1].input_layernorm.weight + 1
     for changed in (
-        (model, ids, Graft(small_ratio=8, tokens=LEAST, seed=1)),
+        (model, ids, Graft("own", small_ratio=8, tokens=LEAST, seed=1)),
         (dense(rope_theta=5.0), ids, SETTINGS),
         (model, np.roll(ids, 1), SETTINGS),
         (other, ids, SETTINGS),
@@ -191,8 +193,8 @@ def test_a_seed_gives_the_same_graft_and_another_seed_another(ids, tmp_path):
     model = dense()
     results = []
     for number, seed in enumerate((3, 3, 4)):
-        settings = Graft(small_ratio=8, tokens=LEAST, seed=seed)
-        smalls, _ = graft(model, ids, settings, tmp_path / str(number))
+        settings = Graft("own", small_ratio=8, tokens=LEAST, seed=seed)
+        smalls, *_ = graft(model, ids, settings, tmp_path / str(number))
         results.append(np.array(smalls["model.layers.2.mlp.small.down_proj.weight"].load()))
     np.testing.assert_array_equal(results[0], results[1])
     assert not np.allclose(results[0], results[2])
@@ -211,7 +213,7 @@ def test_a_seed_gives_the_same_graft_and_another_seed_another(ids, tmp_path):
 def test_what_cannot_be_grafted_is_one_line(ids, tmp_path, changes, count, line):
     model = dense()
     with pytest.raises(DuoError, match=line) as refused:
-        settings = Graft(**{"small_ratio": 8, "tokens": LEAST} | changes)
+        settings = Graft(**{"kind": "own", "small_ratio": 8, "tokens": LEAST} | changes)
         graft(model, ids[:count], settings, tmp_path / "state")
     assert "\n" not in str(refused.value) and not (tmp_path / "state").exists()
 

@@ -208,8 +208,8 @@ def test_what_cannot_be_split_or_joined_is_named():
     config = {"hidden_size": 4, "num_attention_heads": 2, "intermediate_size": 3}
     with pytest.raises(DuoError, match=r"qkv_proj.weight \[9, 4\] cannot be split into \[4, 4, 4\] along axis 0"):
         fused.to_canonical({"model.layers.0.self_attn.qkv_proj.weight": Tensor.of(mx.ones((9, 4)))}, config)
-    with pytest.raises(DuoError, match="config.json lacks small_intermediate_size"):
-        fused.to_canonical({"model.layers.0.mlp.small.gate_up_proj.weight": Tensor.of(mx.ones((2, 4)))}, config)
+    with pytest.raises(DuoError, match=r"gate_up_proj.weight \[3, 4\] cannot be split into \[1, 1\]"):
+        fused.to_canonical({"model.layers.0.mlp.small.gate_up_proj.weight": Tensor.of(mx.ones((3, 4)))}, config)
     with pytest.raises(DuoError, match="num_attention_heads is '2'; it must be a positive integer"):
         fused.to_canonical(
             {"model.layers.0.self_attn.qkv_proj.weight": Tensor.of(mx.ones((9, 4)))},

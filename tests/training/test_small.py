@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from duo_mlx import checkpoint
+from duo_mlx.training.distill import Distill
 from duo_mlx.training.passes import Passes
 from duo_mlx.training.small import Draft, SmallLearns
 
@@ -39,7 +40,7 @@ def divergences(big, draft):
     return (np.exp(big) * (big - draft)).sum(-1)
 
 
-@pytest.mark.parametrize("stage", [SmallLearns(LAYERS), DRAFT], ids=["lm", "draft"])
+@pytest.mark.parametrize("stage", [SmallLearns(LAYERS), Distill(LAYERS), DRAFT], ids=["lm", "distill", "draft"])
 def test_nothing_but_small_changes(trainer, stage):
     trained, state = trainer(stage, small_layers=[1, 2], small_bias=True)
     before = {name: np.array(each) for name, each in checkpoint.parameters(trained.model).items()}
@@ -124,3 +125,36 @@ def test_distilling_brings_the_draft_closer(trainer, settings):
     after = trained.validate(state.moments.learned, trained.starts)
     assert after["kl"] < 0.8 * before["kl"] and after["accepted"] > before["accepted"]
     assert after["big"] == before["big"] and after["small"] != before["small"]
+
+
+@pytest.mark.parametrize("passes", [Passes(), Passes(recompute=True)], ids=["kept", "recomputed"])
+def test_distilling_takes_the_divergence_of_routed_passes_from_all_big(trainer, passes):
+    trained, _ = trainer(Distill(LAYERS, passes=passes))
+    windows, drawn = trained.batch(1)
+    tokens = mx.array(windows[:, :-1])
+    big = log_softmax(trained.model(tokens, routes=[2] * LAYERS))
+    expected = divergences(big, log_softmax(trained.model(tokens, routes=drawn["routes"]))).mean(axis=1)
+    found = trained.stage.loss(trained.model, mx.array(windows), drawn)
+    np.testing.assert_allclose(np.array(found), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_distilled_nears_all_big(trainer):
+    trained, state = trainer(Distill(LAYERS, big=0.25, small=0.75))
+    starts = trained.spread(8)
+    before = trained.validate(state.moments.learned, starts)
+    for _ in range(30):
+        state, _ = trained.step(state)
+    after = trained.validate(state.moments.learned, starts)
+    assert after["kl"] < 0.9 * before["kl"]
+    assert after["big"] == before["big"]
+
+
+def test_every_sequence_draws_its_share_of_big_and_every_other_one_pattern():
+    stage = Distill(LAYERS, big=0.3, small=0.6, skip=0.1)
+    drawn = [stage.draw(np.random.default_rng(seed), 64, 0)["routes"] for seed in range(400)]
+    shares = np.array([(each == 2).mean() for each in drawn])
+    fixed = np.array([(each == each[:1]).all() for each in drawn])
+    assert 0.4 < fixed.mean() < 0.6
+    assert abs(shares.mean() - 0.3) < 0.03 and shares[~fixed].max() < 0.75 and shares[~fixed].min() < 0.05
+    rest = np.concatenate([each[each != 2] for each in drawn])
+    assert abs((rest == 1).mean() - 6 / 7) < 0.03
