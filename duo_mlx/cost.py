@@ -180,7 +180,7 @@ def pass_cache_bytes(model: Model) -> Callable[[Routes, int], int]:
     @lru_cache(maxsize=1024)
     def layers(routes: bytes) -> NDArray[np.bool_]:
         """Which layers attend; the others write their keys and values alone."""
-        if model.parts is None:
+        if model.parts is None or len(windows) != model.config.num_hidden_layers:  # layers share caches
             return np.ones(len(windows), np.bool_)
         rows = np.frombuffer(routes, np.uint8).reshape(-1, len(windows))
         attends: NDArray[np.bool_] = (rows != Route.SKIP).any(axis=0)

@@ -2,8 +2,6 @@
 
 import json
 import re
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +12,6 @@ from safetensors.torch import load_file
 
 import duo_mlx
 from duo_mlx import checkpoint, cost
-from duo_mlx.config import Config
 from duo_mlx.convert import matformer, parity
 from duo_mlx.convert.directory import Bits, Watch, convert
 from duo_mlx.convert.export import export
@@ -25,65 +22,9 @@ from duo_mlx.routes import Route
 
 torch = pytest.importorskip("torch")
 from tests.convert import gemma3n_reference as reference  # noqa: E402
+from tests.convert.gemma3n_duo import INNER, LAYERS, SLICINGS, TOKENS, Made  # noqa: E402
 
-LAYERS, TOKENS = 10, 13
-SLICINGS = {
-    # as E2B: one width, layers that share keys and values are skipped
-    "skips shared layers": ([64] * 7, [6, 7, 9]),
-    # widths by layer, one of them whole, and a layer with keys and values of its own is skipped
-    "skips a layer with keys": ([64, 32, INNER := reference.INNER, 96, 64, 64, 32, 64], [1, 8]),
-    "skips none": ([64] * 5 + [INNER] * 4 + [96], []),
-}
-FULL = {  # Gemma 3n E4B's shape
-    "vocab_size": 262400,
-    "vocab_size_per_layer_input": 262144,
-    "hidden_size": 2048,
-    "num_hidden_layers": 35,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "layer_types": ([reference.LOCAL] * 4 + [reference.GLOBAL]) * 7,
-    "num_kv_shared_layers": 15,
-    "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 25,
-    "hidden_size_per_layer_input": 256,
-    "laurel_rank": 64,
-}
 CUTS = {"whole": (TOKENS,), "one by one": (1,) * TOKENS, "chunks": (4, 1, 3, 1, 4)}
-
-
-class Made:
-    """A Duo that was written and read again, and what it was made of."""
-
-    def __init__(self, name: str, folder: Path, write_tokenizer: Any):
-        self.state = reference.random_state()
-        self.source = reference.write(folder / "dense", self.state)
-        write_tokenizer(self.source)
-        self.kept, self.skips = SLICINGS[name]
-        self.slicing = folder / "slicing.json"
-        self.slicing.write_text(json.dumps({"ffn_hidden_dims": self.kept, "layers_to_skip": self.skips}))
-        self.directory = folder / "duo"
-        convert(self.source, self.directory, slicing=str(self.slicing))
-        self.model = checkpoint.read_model(self.directory)
-        random = np.random.default_rng(1)
-        self.tokens = random.integers(3, reference.TEXT["vocab_size"], (2, TOKENS))
-        self.routes = random.integers(0, 3, (2, TOKENS, LAYERS))
-
-    @property
-    def widths(self) -> list[int]:
-        """Of small, one a layer."""
-        return [self.model.config.small_width(layer) for layer in range(LAYERS)]
-
-    def logits(
-        self, routes: Any, cuts: tuple[int, ...] = (TOKENS,), strategy: str = "auto", model: Any = None
-    ) -> np.ndarray:
-        """Logits with a cache, which alone has Gemma 3n's shared keys and values in mlx-lm."""
-        model = self.model if model is None else model
-        cache, found = model.make_cache(), []
-        for start, stop in pairwise(np.cumsum([0, *cuts])):
-            part = routes[:, start:stop] if len(routes.shape) == 3 else routes
-            given = mx.array(self.tokens[:, start:stop])
-            found.append(model(given, cache=cache, routes=part, strategy=strategy))
-        return np.array(mx.concatenate(found, axis=1))
 
 
 def everywhere(route: Route) -> np.ndarray:
@@ -292,82 +233,14 @@ def test_it_goes_to_pytorch_and_back(like_e2b, tmp_path):
     assert np.array_equal(like_e2b.logits(like_e2b.routes, model=again), like_e2b.logits(like_e2b.routes))
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        (None, "--slicing E2B: is for 35 layers, 5 of them skipped, and the model has 10; --slicing FILE takes"),
-        ("E9", "--slicing E9: is no file, and no slicing that is known: E2B, E1.96B-layer"),
-        ({"ffn_hidden_dims": [64] * 9}, "is for 9 layers, 0 of them skipped, and the model has 10"),
-        ({"ffn_hidden_dims": [64] * 9, "layers_to_skip": [10]}, "is for 10 layers, 1 of them skipped"),
-        ({"ffn_hidden_dims": [129] * 10}, "layer 0 has 128 neurons, not 129"),
-        ({"ffn_hidden_dims": [128] * 10}, "nothing is small"),
-        ({"ffn_hidden_dims": [64] * 9, "layers_to_skip": [4]}, "read the keys and values of layer 4, so it must stay"),
-        ({"ffn_hidden_dims": [64] * 9, "layers_to_skip": [5]}, "read the keys and values of layer 5, so it must stay"),
-        ({"ffn_hidden_dims": [0] * 10}, "with widths of at least 1"),
-        ({"ffn_hidden_dims": [64] * 8, "layers_to_skip": [6, 6]}, "each skipped layer once"),
-        ({"ffn_hidden_dims": ["64"] * 10}, "with lists of whole numbers"),
-        ({"widths": [64] * 10}, 'must be JSON like {"ffn_hidden_dims"'),
-        ([64] * 10, 'must be JSON like {"ffn_hidden_dims"'),
-    ],
-)
-def test_what_does_not_fit_is_refused(like_e2b, tmp_path, given, said):
-    if isinstance(given, dict | list):
-        (tmp_path / "slicing.json").write_text(json.dumps(given))
-        given = str(tmp_path / "slicing.json")
-    with pytest.raises(DuoError, match=re.escape(said)):
-        convert(like_e2b.source, tmp_path / "duo", slicing=given)
-    assert not (tmp_path / "duo").exists()
+def test_small_drafts_for_big(like_e2b, write_tokenizer, tmp_path):
+    """E2B and E4B from one copy of the weights, as long as the window of sliding attention is not full."""
+    write_tokenizer(source := reference.write(tmp_path / "dense", like_e2b.state, sliding_window=64))
+    convert(source, tmp_path / "duo", slicing=str(like_e2b.slicing))
+    model, tokenizer = duo_mlx.load(tmp_path / "duo")
 
+    def said(**options: Any) -> list[int]:
+        found = duo_mlx.stream_generate(model, tokenizer, "w1 w2 w3", route="big", max_tokens=20, **options)
+        return [each.token for each in found]
 
-def test_a_slicing_is_for_a_dense_gemma_3n(like_e2b, saved, tmp_path):
-    with pytest.raises(DuoError, match="is a Duo model already, so there is nothing to slice; leave out --slicing"):
-        convert(like_e2b.directory, tmp_path / "duo", slicing="E2B")
-    config = json.loads((saved()[0] / "config.json").read_text())
-    dense = {key: value for key, value in config.items() if not key.startswith("small") and key != "model_file"}
-    reference.save_file({"model.embed_tokens.weight": torch.zeros(32, 16)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(dense | {"model_type": "llama"}))
-    with pytest.raises(DuoError, match="is for gemma3n alone, and this is a llama; --graft makes a Duo of it"):
-        open_source(tmp_path, slicing="E2B")
-
-
-@pytest.mark.parametrize(("given", "skips"), [(None, [20, 21, 22, 23, 24]), ("E2.98B-block", None)])
-def test_published_names_and_the_default(tmp_path, given, skips):
-    """On 35 layers as wide inside as Gemma 3n's, whose weights nobody reads."""
-    size = {"hidden_size": 8, "head_dim": 8, "num_attention_heads": 1, "hidden_size_per_layer_input": 8}
-    changes = {**FULL, **size, "laurel_rank": 2, "vocab_size": 32, "vocab_size_per_layer_input": 24}
-    changes |= {"intermediate_size": [16384] * 35, "num_key_value_heads": 1}
-    with torch.device("meta"):
-        shapes = reference.Gemma3nForCausalLM(reference.text_config(**changes)).state_dict()
-    state = {
-        name: torch.zeros(value.shape, dtype=torch.bfloat16) for name, value in shapes.items() if "head" not in name
-    }
-    for layer in range(20, 35):
-        for part in ("k_proj", "v_proj", "k_norm"):
-            name = f"model.layers.{{}}.self_attn.{part}.weight"
-            state[name.format(layer)] = state[name.format(0)].clone()
-    found = open_source(reference.write(tmp_path / "dense", state, **changes), slicing=given)
-    found.check()
-    config = Config.from_dict(found.config)
-    assert found.config.get("small_skips") == skips and config.skip_scope == "layer"
-    letters = matformer.PUBLISHED[given or "E2B"].replace(" ", "")
-    small = {"s": Route.SMALL, "B": Route.BIG, "-": Route.SKIP}
-    assert [config.small_means(layer) for layer in range(35)] == [small[letter] for letter in letters]
-    assert {config.small_width(layer) for layer in range(35)} == {8192, 0}
-
-
-@pytest.mark.parametrize("name", matformer.PUBLISHED)
-def test_published_slicings_have_the_effective_parameters_of_their_names(name):
-    """Counted from shapes, without embeddings as Google counts; that of E3.79B by block is stated as 3.74."""
-    config = reference.text_config(**FULL, intermediate_size=[16384] * 35)
-    with torch.device("meta"):
-        whole = reference.Gemma3nForCausalLM(config)
-    layer = sum(value.numel() for value in whole.model.layers[20].parameters())
-    keys = 2 * 2048 * 512 + 256  # which the hub's layers have, too
-    outside = 6 * 2048 * 2048 + 2048 + 256
-    letters = matformer.PUBLISHED[name].replace(" ", "")
-    projection = 256 * 2048  # of a layer's own input
-    count = outside + sum(
-        layer + keys + projection - (3 * 2048 * 8192 if letter == "s" else 0) for letter in letters if letter != "-"
-    )
-    stated = 3.74 if name == "E3.79B-block" else float(re.findall(r"\d\.?\d*", name)[0] if "." in name else 1.91)
-    assert len(letters) == 35 and abs(count / 1e9 - stated) < 0.02
+    assert said(speculate="small", draft_tokens=3) == said()
