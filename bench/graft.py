@@ -191,7 +191,7 @@ def command(
         measured = State(Path(folder) / "metrics", {})
         for number, name in enumerate(methods or METHODS):
             changes, parts = METHODS[name]
-            settings = Graft(**{"kind": "own"} | changes, tokens=tokens, seed=seed)
+            settings = Graft(**changes, tokens=tokens, seed=seed)
             with ExitStack() as replaced:
                 for part, other in ({"measure_metrics": metric_of(measured)} | parts).items():
                     where = f"{grafting.__name__}.kinds" if part == "solve" else grafting.__name__

@@ -38,7 +38,7 @@ def _heads(args: Config) -> tuple[int, int]:
 def layer_parameters(args: Config) -> RouteTable:
     """Parameters of the layers' matrices that one token meets; embedding and head are left out (``fixed`` is 0)."""
     attention = 2 * args.hidden_size * sum(_heads(args))  # q_proj and o_proj, k_proj and v_proj
-    inner = np.array([0, args.small_intermediate_size, args.intermediate_size])
+    inner = np.array([0, args.small_width(0), args.intermediate_size])
     return RouteTable(0, np.tile(attention + 3 * args.hidden_size * inner, (args.num_hidden_layers, 1)))
 
 
@@ -66,7 +66,7 @@ def decoding(args: Config, pattern: Routes, context: int) -> Decoding:
 def learned(args: Config, small_only: bool) -> int:
     """Parameters that learn in `train routes`, or in `train small`."""
     hidden, layers = args.hidden_size, args.num_hidden_layers
-    small = 3 * hidden * args.small_intermediate_size
+    small = 3 * hidden * args.small_width(0)
     if small_only:
         return layers * small
     big = layer_parameters(args).by_route[:, Route.BIG]
@@ -88,7 +88,7 @@ def training_flops(args: Config, routes: Routes, length: int, small_only: bool) 
         return 3 * forward
     above = int(table.by_route[np.arange(1, len(routes[0])), routes[:, 1:]].sum())
     attention = len(routes) * (len(routes[0]) - 1) * 4 * _heads(args)[0] * length
-    small, down = 2 * args.hidden_size * args.small_intermediate_size, routes == Route.SMALL
+    small, down = 2 * args.hidden_size * args.small_width(0), routes == Route.SMALL
     learns = 3 * small * int(down.sum()) + small * int(down[:, 0].sum())
     return forward + len(routes) * table.fixed + above + attention + learns
 
@@ -105,7 +105,7 @@ def kept(args: Config, routes: Routes, length: int, dropout: bool) -> NDArray[np
     queries, keys = _heads(args)
     hidden, heads = args.hidden_size, args.num_attention_heads
     fixed = 6 * hidden + 2 * (queries + keys) + heads * length + dropout * hidden // 2
-    widths = (args.small_intermediate_size, args.intermediate_size)
+    widths = (args.small_width(0), args.intermediate_size)
     of_route = np.array([0, *(hidden + 5 * width for width in widths)])
     total: NDArray[np.int64] = (fixed + of_route[routes]).sum(axis=0)
     return total
@@ -155,7 +155,7 @@ def search_bytes(args: Config, choices: int, tokens: int, rows: int) -> int:
     layers, hidden = args.num_hidden_layers, args.hidden_size
     batches = [min(choices**depth, rows) for depth in range(layers + 1)]
     waiting = choices * sum(batches[: layers - 1])
-    inner = 2 * (args.intermediate_size + args.small_intermediate_size) + AT_WORK * hidden
+    inner = 2 * (args.intermediate_size + args.small_width(0)) + AT_WORK * hidden
     inner += args.num_attention_heads * tokens  # scores
     leaves = choices * batches[-2] * hidden + batches[-1] * (args.vocab_size + 2 * hidden)
     return FLOAT * tokens * (hidden * waiting + max(batches[-2] * inner, leaves))

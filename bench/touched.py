@@ -63,6 +63,6 @@ def flops_per_token(args: Config, table: RouteTable, routes: Routes, ran: str) -
     """
     if not computes_everything(ran):
         return float(table.of(routes).mean())
-    smalls = sum(args.has_small(layer) for layer in range(args.num_hidden_layers))
-    second = smalls * 2 * 3 * args.hidden_size * args.small_intermediate_size
+    smalls = sum(args.small_width(layer) for layer in range(args.num_hidden_layers))
+    second = 2 * 3 * args.hidden_size * smalls
     return float(table.of(np.full(args.num_hidden_layers, Route.BIG, np.uint8)) + second)

@@ -64,6 +64,7 @@ def convert(
     dtype: str | None = None,
     default_route: str | None = None,
     router_choices: str | None = None,
+    slicing: str | None = None,
     graft: "Graft | None" = None,
     calibrate: Calibration | None = None,
     bits: Bits | None = None,
@@ -75,7 +76,7 @@ def convert(
     """Write the model directory ``destination`` from ``source``.
 
     Args:
-        source, config, revision, key_map, rope, dtype, default_route, router_choices: see
+        source, config, revision, key_map, rope, dtype, default_route, router_choices, slicing: see
             `duo_mlx.convert.source.open_source`.
         destination: it must not exist, unless ``force`` is given.
         graft: how to make a Duo of a dense model; its state is kept beside ``destination`` until that is there, so that
@@ -113,6 +114,7 @@ def convert(
         dtype=dtype,
         default_route=default_route,
         router_choices=router_choices,
+        slicing=slicing,
     )
     found.check()
     for line in (*found.checkpoint.notes, *found.notes):

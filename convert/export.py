@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from duo_mlx import checkpoint
+from duo_mlx.config import Config
 from duo_mlx.convert import references, stored, tokenizer
 from duo_mlx.convert.keymaps import named
 from duo_mlx.convert.tensors import Tensor, Tensors, to_torch
@@ -64,7 +65,7 @@ def export(
     with output_directory(destination, force) as directory:
         write_text(directory / "config.json", json.dumps(plain, indent=2, sort_keys=True) + "\n")
         write_weights(directory, weights, metadata={"format": "pt"}, allow_nonfinite=True)
-        tokenizer.write(source, directory, config["vocab_size"])
+        tokenizer.write(source, directory, Config.from_dict(config).vocab_size)
         if verify is not None:
             verify(directory)
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from duo_mlx.config import Config
-from duo_mlx.convert import keymaps, packing, plan, settings
+from duo_mlx.convert import keymaps, matformer, packing, plan, settings
 from duo_mlx.convert import source as sources
 from duo_mlx.convert.readers import gguf_header, open_checkpoint
 from duo_mlx.convert.readers.text import read_object
@@ -298,5 +298,6 @@ def _commands(
     if problems and not given:
         return ()
     if kind == "dense":
-        return (f"{convert} DST --graft --calibrate TEXT{given}",)
+        how = "--slicing E2B" if checkpoint.config.get("model_type") == matformer.KIND else "--graft --calibrate TEXT"
+        return (f"{convert} DST {how}{given}",)
     return (f"{convert} DST --verify{given}",) if kind == "Duo" else ()

@@ -162,6 +162,8 @@ def _readable(config: dict[str, Any]) -> Any:
         raise DuoError(f"transformers' {kind} has no rope_traditional")
     if "sliding_attention" in (config.get("layer_types") or ()):
         raise DuoError("a Llama with rope_traditional and sliding_attention has no reference")
+    if config.get("small_skips"):
+        raise DuoError("a Llama with rope_traditional has no reference for small_skips")
     if config.get("small_activation", "silu") != "silu" or config.get("small_kind", "own") != "own":
         raise DuoError("a Llama with rope_traditional has no reference for nested small FFNs or other gates than silu")
     if not isinstance(config.get("small_intermediate_size", 0), int):

@@ -11,7 +11,7 @@ from typing import Any
 
 from duo_mlx import shards
 from duo_mlx.config import Config
-from duo_mlx.convert import dense, keymaps, packing, plan, readers, settings
+from duo_mlx.convert import dense, keymaps, matformer, packing, plan, readers, settings
 from duo_mlx.convert.readers.text import shown
 from duo_mlx.convert.rope_settings import LIKE_LLAMA
 from duo_mlx.convert.sanitised import sanitised
@@ -85,6 +85,7 @@ def open_source(
     dtype: str | None = None,
     default_route: str | None = None,
     router_choices: str | None = None,
+    slicing: str | None = None,
 ) -> Source:
     """Open a checkpoint and see what it is.
 
@@ -95,6 +96,7 @@ def open_source(
         rope: the layout of q and k, one of `duo_mlx.convert.keymaps.LAYOUTS`; None: what goes with the names.
         dtype: of all weights, one of `duo_mlx.convert.tensors.DTYPES`; None: as stored.
         default_route, router_choices: go into the configuration in place of what that says.
+        slicing: the slicing of a dense Gemma 3n, see `duo_mlx.convert.matformer`.
 
     Raises:
         DuoError: it cannot be read or mapped, is not supported, or is not what ``graft`` says. What does not fit the
@@ -107,7 +109,7 @@ def open_source(
 
     checkpoint = readers.open_checkpoint(source, config=config, revision=revision, judge=judge)
     _refuse_quantised(checkpoint.config, name, dtype)
-    found = _open(checkpoint, name, graft, key_map, rope, default_route, router_choices)
+    found = _open(checkpoint, name, graft, key_map, rope, default_route, router_choices, slicing)
     return found if dtype is None else _cast(found, dtype)
 
 
@@ -140,6 +142,7 @@ def _open(
     rope: str | None = None,
     default_route: str | None = None,
     router_choices: str | None = None,
+    slicing: str | None = None,
 ) -> Source:
     made = settings.settings(checkpoint.config, name)
     if default_route is not None:
@@ -147,7 +150,9 @@ def _open(
     if rope is not None and checkpoint.format == "GGUF":
         raise DuoError(f"--rope {rope}: a GGUF file says by its architecture how its rows lie; leave the option out")
     mapped = _mapped(checkpoint, made, key_map, rope, name)
-    _check_kind(checkpoint.config, mapped, name, graft)
+    cut = not graft and (slicing is not None or made["base_model_type"] == matformer.KIND)
+    cut = cut and (slicing is not None or not settings.is_duo(checkpoint.config))
+    _check_kind(checkpoint.config, mapped, name, graft, cut)
     mapped = plan.kept(mapped, tied=False)
     routers = mapped if settings.is_duo(checkpoint.config) else {}
     made = settings.settle_router(made, router_choices, routers, name)
@@ -155,6 +160,9 @@ def _open(
     mapped = plan.kept(mapped, made.get("tie_word_embeddings") is True)
     model = _empty(made, name)
     tensors = in_duo(model, mapped, name, sanitise="model_file" not in checkpoint.config)
+    if cut:
+        made, tensors = matformer.sliced(model, made, tensors, slicing)
+        model = dense.empty(Config.from_dict(made))
     if packing.is_quantised(made):
         if not settings.is_duo(checkpoint.config):
             how = made["quantization"].items()
@@ -162,7 +170,7 @@ def _open(
                 model.big_name(key) if isinstance(value, dict | bool) else key: value for key, value in how
             }
         dense.pack(model, made["quantization"], tensors)
-    return Source(name, checkpoint, made, tensors, plan.shapes_of(model), graft)
+    return Source(name, checkpoint, made, tensors, plan.shapes_of(model), graft or cut)
 
 
 def _empty(config: Mapping[str, Any], source: Path) -> Model:
@@ -254,13 +262,15 @@ def detect(checkpoint: Checkpoint, kind: str, source: Path | None = None, rope: 
     return keymaps.named("canonical", rope)
 
 
-def _check_kind(config: Mapping[str, Any], tensors: Tensors, source: Path, graft: bool) -> None:
+def _check_kind(config: Mapping[str, Any], tensors: Tensors, source: Path, graft: bool, cut: bool) -> None:
     if settings.is_duo(config):
+        if cut:
+            raise DuoError(f"{source}: is a Duo model already, so there is nothing to slice; leave out --slicing")
         if graft:
             raise DuoError(f"{source}: is a Duo model already, so there is nothing to graft; leave out --graft")
     elif any(".small." in name for name in tensors):
         raise DuoError(f"{source}: holds small FFNs, but its config.json has no small_intermediate_size")
-    elif not graft:
+    elif not graft and not cut:
         raise DuoError(f"{source}: is a dense model, not a Duo; --graft makes a Duo of it")
 
 

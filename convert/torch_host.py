@@ -160,20 +160,27 @@ class TorchDuoFFN(nn.Module):
         router: a linear map to a logit a choice, or None.
         choices: the routes that the router's rows stand for.
         layer: the layer's index.
+        small_skips: whether small means skip; such a layer has no small one.
     """
 
-    small: nn.Module | None  # None where small means big
+    small: nn.Module | None  # None where small means big, or skip
 
-    def __init__(self, big: nn.Module, router: nn.Module | None, choices: Sequence[int], layer: int):
+    def __init__(
+        self, big: nn.Module, router: nn.Module | None, choices: Sequence[int], layer: int, small_skips: bool = False
+    ):
         super().__init__()
         self.big, self.small, self.router = big, None, router
-        self.choices, self.layer = tuple(choices), layer
+        self.choices, self.layer, self.small_skips = tuple(choices), layer, small_skips
 
     def decide(self, x: Tensor) -> Tensor:
         """Routes ``[...]`` of what the router sees, ``x [..., width]``; of equal logits the first counts."""
         if self.router is None:
             raise DuoError(f"layer {self.layer}: no routes were given, and it has no router")
         return torch.tensor(self.choices)[self.router(x).argmax(-1)]
+
+    def skips(self, routes: Tensor) -> Tensor:
+        """Which of ``routes [...]`` skip this layer."""
+        return (routes == Route.SKIP) | ((routes == Route.SMALL) & self.small_skips)
 
     def forward(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
         """``hidden_states [..., hidden]`` -> what big returns."""
@@ -189,8 +196,8 @@ class TorchDuoFFN(nn.Module):
         routes = opened.of(self.layer, hidden_states.shape[:-1])
         opened.taken[self.layer] = routes = self.decide(hidden_states) if routes is None else routes
         small = big if self.small is None else self.small(hidden_states)
-        routes = routes.unsqueeze(-1)
-        out = torch.where(routes == Route.BIG, big, torch.where(routes == Route.SMALL, small, torch.zeros_like(big)))
+        used = torch.where((routes == Route.BIG).unsqueeze(-1), big, small)
+        out = torch.where(self.skips(routes).unsqueeze(-1), torch.zeros_like(big), used)
         return (out, *given[1:]) if isinstance(given, tuple) else out
 
 
@@ -242,6 +249,7 @@ def host(
     router_bias: bool = False,
     router_looks_ahead: bool = False,
     skip_scope: str = "ffn",
+    small_skips: Sequence[int] = (),
 ) -> list[TorchDuoFFN]:
     """Replace each decoder layer's FFN by a `TorchDuoFFN`; return these in the order of the layers.
 
@@ -258,6 +266,7 @@ def host(
         router_bias: whether a router adds a bias to its logits.
         router_looks_ahead: whether a router sees twice the hidden size, see `duo_mlx.convert.torch_reference`.
         skip_scope: what a skip bypasses: "ffn", or "layer" (attention too).
+        small_skips: layers in which small means skip.
 
     Raises:
         DuoError: the architecture or the activation is not known.
@@ -275,7 +284,8 @@ def host(
     for layer, (block, width) in enumerate(zip(blocks, widths, strict=True)):
         seen = 2 * hidden if router_looks_ahead else hidden
         router = nn.Linear(seen, len(choices), bias=router_bias) if choices else None
-        ffn = _replace(block, partial(TorchDuoFFN, router=router, choices=choices, layer=layer))
+        skips = layer in small_skips
+        ffn = _replace(block, partial(TorchDuoFFN, router=router, choices=choices, layer=layer, small_skips=skips))
         if width and nested:
             ffn.small = NestedFFN(ffn.big, hidden, width, small_bias)
         elif width:
@@ -324,8 +334,8 @@ def skip_layers(block: nn.Module, ffn: TorchDuoFFN) -> None:
             return out
         before = args[0] if args else named["hidden_states"]
         after = out[0] if isinstance(out, tuple) else out
-        skips = opened.taken[ffn.layer].reshape(before.shape[:-1]) == Route.SKIP
-        after = torch.where(skips.unsqueeze(-1), before, after)
+        taken = opened.taken[ffn.layer].reshape(before.shape[-3:-1])  # some blocks have several streams of states
+        after = torch.where(ffn.skips(taken).unsqueeze(-1), before, after)
         return (after, *out[1:]) if isinstance(out, tuple) else after
 
     if ffn.router is not None:

@@ -51,11 +51,13 @@ def to_transformers(
     Raises:
         DuoError: transformers lacks the base, or what mlx-lm does to its tensors cannot be undone.
     """
-    from duo_mlx.convert.torch_reference import config_type, split
+    from duo_mlx.convert.torch_reference import TEXT_ONLY, config_type, split
 
     kind = config_type(config)
     dense, parts = split(weights, bool(config.get("router_choices")))
     dense = {plain(name): tensor for name, tensor in dense.items()}
+    if kind in TEXT_ONLY:  # mlx-lm has the hub's names for what it takes
+        return dense | parts
     make = base or (lambda: _base({**config, "model_type": kind}))
     found = _undone(kind, dense, checkpoint_shapes(config, dense), make)
     if same := sorted(found.keys() & parts.keys()):

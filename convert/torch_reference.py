@@ -33,6 +33,8 @@ AS_MLX_LM: dict[str, dict[str, Any]] = {
     "gpt_oss": {"rope_parameters": {"truncate": True}},  # YaRN's range in whole dimensions
     "starcoder2": {"hidden_act": "gelu"},
 }
+# transformers' own class of the text part, which is what mlx-lm computes; the whole one needs further packages.
+TEXT_ONLY = {"gemma3n": "gemma3n_text"}
 OURS = ("model_file", "quantization", "quantization_config", "auto_map", "base_model_type", "architectures")
 
 
@@ -50,7 +52,7 @@ class TorchDuo:
 
     def __init__(self, config: Mapping[str, Any], dense: Mapping[str, Tensor], parts: Mapping[str, Tensor]):
         self.model = dense_model(config, dense)
-        tokens = torch.arange(min(8, config["vocab_size"])).unsqueeze(0)
+        tokens = torch.arange(min(8, self.model.config.vocab_size)).unsqueeze(0)
         before = self._logits(tokens)
         layers = _by_layer(parts)
         down = [
@@ -67,6 +69,7 @@ class TorchDuo:
             router_bias=any(name.endswith("router.bias") for name in parts),
             router_looks_ahead=config.get("router_looks_ahead", False),
             skip_scope=config.get("skip_scope", "ffn"),
+            small_skips=config.get("small_skips", ()),
         )
         self._load(layers)
         self.model.eval()
@@ -188,6 +191,8 @@ def transformers_config(config: Mapping[str, Any], names: Iterable[str]) -> Any:
     kind = config_type(config)
     if config.get("rope_traditional"):
         raise DuoError(f"transformers' {kind} has no rope_traditional")
+    if kind in TEXT_ONLY:
+        kind, config = TEXT_ONLY[kind], config.get("text_config") or config
     keys = {key: value for key, value in config.items() if key not in (*OURS, "model_type", "dtype", "torch_dtype")}
     keys.setdefault("tie_word_embeddings", not any(name.endswith(HEADS) for name in names))
     try:
@@ -214,6 +219,8 @@ def dense_model(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any
     kind = config_type(config)
     own: Any = AutoModelForCausalLM._model_mapping[type(made)]
     state = {name: value.float() for name, value in weights.items()}
+    if kind in TEXT_ONLY:
+        state = {name.replace("model.language_model.", "model.", 1): value for name, value in state.items()}
     options = {"attn_implementation": "eager", "dtype": torch.float32, "output_loading_info": True}
     try:
         with quiet():

@@ -103,11 +103,25 @@ def _shared(routes: Routes) -> Route | Routes:
 def decide(entry: LayerRoutes | Router, layer: int, x: mx.array, ffns: FFNs, strategy: str) -> tuple[LayerRoutes, str]:
     """The routes of a layer's tokens, and the strategy that carries them out.
 
-    A router is asked for them with the normalised ``x [..., hidden]``, and ``sync`` reads what the device knows.
+    Small is skip where the layer says so (``small_skips``). A router is asked with the normalised ``x [..., hidden]``,
+    and ``sync`` reads what the device knows.
 
     Raises:
         DuoError: the strategy cannot run here.
     """
+    route, by = _decided(entry, layer, x, ffns, strategy)
+    if not ffns.small_skips:
+        return route, by
+    if isinstance(route, Route):
+        return Route.SKIP if route is Route.SMALL else route, by
+    if isinstance(route, mx.array):
+        return mx.where(route == Route.SMALL, Route.SKIP, route).astype(route.dtype), by
+    return _shared(np.where(route == Route.SMALL, np.uint8(Route.SKIP), route)), by
+
+
+def _decided(
+    entry: LayerRoutes | Router, layer: int, x: mx.array, ffns: FFNs, strategy: str
+) -> tuple[LayerRoutes, str]:
     route: LayerRoutes
     if isinstance(entry, Router):
         by = resolve(strategy, ffns, x, "device")

@@ -41,6 +41,7 @@ class Config:
     base: dict[str, Any]  # what mlx-lm's Config of the base reads, ``model_type`` included
     small_intermediate_size: int | tuple[int, ...] = 0  # of all small FFNs, or one a layer; 0: the layer has none
     small_layers: tuple[int, ...] | None = None  # layers that have a small FFN; in the others small means big
+    small_skips: tuple[int, ...] = ()  # layers without a small FFN in which small means skip, not big
     small_bias: bool = False  # whether the small FFNs' projections have biases, whatever mlp_bias says of big's
     small_activation: str = "silu"  # of the small FFNs' gates, one of `ACTIVATIONS`
     small_kind: str = "own"  # "own": a gated FFN; "nested": big's first neurons, with a down projection of its own
@@ -84,7 +85,8 @@ class Config:
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise DuoError("config.json: layer_types has sliding_attention, so sliding_window must say how many tokens")
         if self.small_layers is not None:
-            object.__setattr__(self, "small_layers", _layer_numbers(self.small_layers, layers))
+            object.__setattr__(self, "small_layers", _layer_numbers("small_layers", self.small_layers, layers))
+        object.__setattr__(self, "small_skips", _layer_numbers("small_skips", self.small_skips, layers))
         if type(self.small_bias) is not bool:
             raise DuoError(f"config.json: small_bias is {self.small_bias!r}; it must be true or false")
         choices = self.router_choices
@@ -158,7 +160,7 @@ class Config:
 
     def small_width(self, layer: int) -> int:
         """How many neurons the layer's small FFN has; 0 where it has none."""
-        if self.small_layers is not None and layer not in self.small_layers:
+        if layer in self.small_skips or (self.small_layers is not None and layer not in self.small_layers):
             return 0
         width = self.small_intermediate_size
         return width if isinstance(width, int) else width[layer]
@@ -167,12 +169,18 @@ class Config:
         """Whether the layer has a small FFN of its own."""
         return self.small_width(layer) > 0
 
+    def small_means(self, layer: int) -> Route:
+        """What the small route comes to in a layer: big or skip where it has no small FFN."""
+        if self.has_small(layer):
+            return Route.SMALL
+        return Route.SKIP if layer in self.small_skips else Route.BIG
+
     def realised(self, routes: Routes) -> Routes:
-        """What ``routes [..., layers]`` come to: big where a layer without a small FFN is asked for small."""
-        if self.small_layers is None and isinstance(self.small_intermediate_size, int):
+        """What ``routes [..., layers]`` come to where layers without a small FFN are asked for small."""
+        small = np.array([self.small_means(layer) for layer in range(self.num_hidden_layers)], np.uint8)
+        if (small == Route.SMALL).all():
             return routes
-        big_only = np.array([not self.has_small(layer) for layer in range(self.num_hidden_layers)])
-        return np.where(big_only & (routes == Route.SMALL), np.uint8(Route.BIG), routes)
+        return np.where(routes == Route.SMALL, small, routes)
 
     @property
     def small_has_bias(self) -> bool:
@@ -199,8 +207,10 @@ class Config:
 
     @property
     def intermediate_size(self) -> int:
-        """The inner width of big as config.json states it; 0 where it does not."""
+        """The inner width of big as config.json states it; 0 where it does not, or layers differ."""
         width = _first(self.base, ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"))
+        if isinstance(width, list) and width == width[:1] * len(width):  # one a layer, as Gemma 3n's states it
+            width = width[0]
         return width if isinstance(width, int) else 0
 
     @property
@@ -288,10 +298,10 @@ def _widths(given: Any, layers: int, needed: bool) -> int | tuple[int, ...]:
     )
 
 
-def _layer_numbers(given: Any, layers: int) -> tuple[int, ...]:
+def _layer_numbers(key: str, given: Any, layers: int) -> tuple[int, ...]:
     if isinstance(given, list | tuple) and all(type(number) is int and 0 <= number < layers for number in given):
         return tuple(sorted(set(given)))
-    raise DuoError(f"config.json: small_layers must be a list of layer numbers from 0 to {layers - 1}")
+    raise DuoError(f"config.json: {key} must be a list of layer numbers from 0 to {layers - 1}")
 
 
 def _offsets(given: Any) -> tuple[tuple[float, float], ...]:

@@ -51,7 +51,6 @@ def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
         model: a Duo.
         by_router: the model's own router decides, so its weights are read, too.
     """
-    row = nbytes(model.embedding) // model.config.vocab_size
     blocks, by_route = list(model.layers), np.zeros((model.config.num_hidden_layers, len(Route)), np.int64)
     for index, (costs, block, ffn) in enumerate(zip(by_route, blocks, model.ffns, strict=True)):
         costs[:] = nbytes(block) - nbytes(ffn)
@@ -59,12 +58,19 @@ def weight_bytes(model: Model, by_router: bool = False) -> RouteTable:
         if model.parts is not None:
             costs[Route.SKIP] = model.parts[index].skipped_bytes()
         costs[Route.BIG] += active_bytes(ffn.big)
-        costs[Route.SMALL] += active_bytes(ffn.small)
+        costs[Route.SMALL] = costs[Route.SKIP] if ffn.small_skips else costs[Route.SMALL] + active_bytes(ffn.small)
         if by_router:
             costs += nbytes(ffn.router)
-    tied = model.table is model.embedding
-    outside = nbytes(model) - sum(map(nbytes, blocks)) - (0 if tied else nbytes(model.embedding))
-    return RouteTable(outside + row, by_route)
+    tables = _tables(model)
+    whole = (
+        nbytes(model) - sum(map(nbytes, blocks)) - sum(nbytes(table) for table in tables if table is not model.table)
+    )
+    return RouteTable(whole + sum(nbytes(table) // table.weight.shape[0] for table in tables), by_route)
+
+
+def _tables(model: Model) -> list[Any]:
+    """The embeddings, of which a token reads a row; besides the vocabulary's some bases have one for their layers."""
+    return [module for module in model.modules() if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)]
 
 
 def active_bytes(module: nn.Module) -> int:
@@ -129,6 +135,8 @@ def cache_bytes(model: Model, context: int) -> RouteTable:
     by_route = np.repeat((position * seen)[:, None], len(Route), axis=1)
     if model.parts is not None:
         by_route[:, Route.SKIP] = position  # its own keys and values are still written
+        skips = list(model.config.small_skips)
+        by_route[skips, Route.SMALL] = by_route[skips, Route.SKIP]
     return RouteTable(0, by_route)
 
 
@@ -143,7 +151,7 @@ def pass_cache_bytes(model: Model) -> Callable[[Routes, int], int]:
     @lru_cache(maxsize=1024)
     def layers(routes: bytes) -> NDArray[np.bool_]:
         """Which layers attend; the others write their keys and values alone."""
-        if model.parts is None:
+        if model.parts is None or len(windows) != model.config.num_hidden_layers:  # layers share caches
             return np.ones(len(windows), np.bool_)
         rows = np.frombuffer(routes, np.uint8).reshape(-1, len(windows))
         attends: NDArray[np.bool_] = (rows != Route.SKIP).any(axis=0)

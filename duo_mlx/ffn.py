@@ -22,6 +22,8 @@ FFN = Any  # a module: [..., hidden] to [..., hidden]
 class FFNs(Protocol):
     """The two modules of a layer; where it has no small one, ``small`` is ``big``."""
 
+    small_skips: bool  # whether the small route means skip
+
     @property
     def big(self) -> Any: ...
 
@@ -78,18 +80,26 @@ class DuoFFN(nn.Module):
             here with what is its own, and as the attribute ``small`` with what it shares with big, too.
         router: of the layer, if it has one.
         index: of the layer.
+        small_skips: whether the small route means skip.
     """
 
     replaces_ffn = True
 
-    def __init__(self, big: nn.Module, small: nn.Module | None, router: RouterWeights | None, index: int):
+    def __init__(
+        self,
+        big: nn.Module,
+        small: nn.Module | None,
+        router: RouterWeights | None,
+        index: int,
+        small_skips: bool = False,
+    ):
         super().__init__()
         self.big = big
         if small is not None:
             self["small"] = small  # as an attribute it would seem to be there already
         if router is not None:
             self.router = router
-        self.index = index
+        self.index, self.small_skips = index, small_skips
 
     def __getattr__(self, key: str) -> Any:
         if key != "small":

@@ -71,7 +71,7 @@ class Forward:
         if self._parts is None or self._on_ffn is not None:
             return call(h, *args, **named)
         layer, entry = self._parts[index], self.entries[index]
-        x = layer.norm(h) if isinstance(entry, Router) else h
+        x = layer.seen(h) if isinstance(entry, Router) else layer.tokens(h)
         route, by = conditional.decide(entry, index, x, layer.ffn, self.strategy)
         if route is Route.SKIP and by != "dense":
             return layer.write_only(h, args, named)

@@ -27,7 +27,7 @@ from duo_mlx.lookahead import LookAhead
 from duo_mlx.nested import NestedFFN
 from duo_mlx.router import LinearRouter, Router
 from duo_mlx.routes import LETTERS, Route
-from duo_mlx.skipping import Skippable
+from duo_mlx.skipping import Skippable, skippable
 from duo_mlx.transformers_config import register
 
 __all__ = ["Config", "KnownPattern", "Model", "ModelArgs"]
@@ -86,7 +86,7 @@ class Model(nn.Module):
             raise DuoError("layers share an FFN")
         parts = None
         if config.skip_scope == "layer":
-            parts = [Skippable(block, ffn, self.kind) for block, ffn in zip(blocks, ffns, strict=True)]
+            parts = [skippable(block, ffn, self.kind) for block, ffn in zip(blocks, ffns, strict=True)]
         # not as MLX's modules keep their children, or these would be the model's children twice
         vars(self).update(trunk=trunk, ffns=ffns, parts=parts)
         for index, block in enumerate(blocks):
@@ -107,7 +107,7 @@ class Model(nn.Module):
             else:
                 small = GatedFFN(config.hidden_size, width, config.small_activation, config.small_has_bias)
         router = RouterWeights(config) if config.router_choices else None
-        block[name] = made = DuoFFN(block[name], small, router, index)
+        block[name] = made = DuoFFN(block[name], small, router, index, index in config.small_skips)
         return made
 
     def __call__(

@@ -77,9 +77,10 @@ class OpenLayers:
             ``[children, tokens, hidden]``, route after route.
         """
         whole = all(len(places) == len(h) for places in kept.values())
-        skipped = kept.get(Route.SKIP) if self.model.parts is not None else None
-        by_ffn = {route: places for route, places in kept.items() if skipped is None or route is not Route.SKIP}
-        outputs = [] if skipped is None else [h[mx.array(skipped)]]
+        skips = {Route.SKIP, Route.SMALL} if self.model.ffns[index].small_skips else {Route.SKIP}
+        passed = [kept[route] for route in kept if route in skips] if self.model.parts is not None else []
+        by_ffn = {route: places for route, places in kept.items() if not passed or route not in skips}
+        outputs = [h[mx.array(places)] for places in passed]
 
         def each(ffn: Any, x: mx.array) -> mx.array:
             """The FFNs' outputs by route, ``[routes, n, ...]``; nodes that do not go on have zeros."""
@@ -87,7 +88,7 @@ class OpenLayers:
             for route, places in by_ffn.items():
                 module = ffn.big if route is Route.BIG else ffn.small
                 module = getattr(module, "by_powers", module)  # `duo_mlx.cpu`
-                if route is Route.SKIP:
+                if route in skips:
                     found.append(mx.zeros_like(x))
                 elif len(places) == len(x):
                     found.append(module(x))

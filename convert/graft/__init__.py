@@ -40,7 +40,7 @@ LEAST = 16 * WINDOW
 class Graft:
     """How a dense model is grafted."""
 
-    kind: str | None = None  # "own" or "nested"; None: nested if it can be
+    kind: str = "own"  # or "nested"
     small_ratio: float | None = None  # big's width over small's; None: `RATIOS`
     small_layers: tuple[int, ...] | None = None  # layers that get a small FFN; None: all
     tokens: int = 20_000  # calibration tokens, at most
@@ -50,7 +50,7 @@ class Graft:
     small_share: float = 0.5  # probability of small in the routed prefix
 
     def __post_init__(self) -> None:
-        if self.kind not in (None, *RATIOS):
+        if self.kind not in RATIOS:
             raise DuoError(f"--small-kind is {self.kind!r}; it must be {' or '.join(RATIOS)}")
         if self.small_ratio is not None and not self.small_ratio > 1:
             raise DuoError(f"--small-ratio is {self.small_ratio:g}; it must be more than 1")
@@ -93,7 +93,7 @@ def graft(
     chosen = tuple(range(count)) if settings.small_layers is None else settings.small_layers
     if wrong := [layer for layer in chosen if not 0 <= layer < count]:
         raise DuoError(f"--small-layers names layer {wrong[0]}, but the {count} layers are 0 to {count - 1}")
-    kind = settings.kind or ("nested" if all(_nests(model, index) for index in chosen) else "own")
+    kind = settings.kind
     if kind == "nested":
         for index in chosen:
             _require_nesting(model, index)
@@ -142,14 +142,6 @@ def graft(
         made.config(),
         {index: state.load(f"order-{index}") for index in solved} if kind == "nested" else {},
     )
-
-
-def _nests(model: Model, index: int) -> bool:
-    try:
-        _require_nesting(model, index)
-    except DuoError:
-        return False
-    return True
 
 
 def _require_nesting(model: Model, index: int) -> None:

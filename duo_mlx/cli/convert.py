@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("half", "interleaved")
 NAMES = ("transformers", "canonical", "llama", "fused")  # that an export can have
-SMALL_KINDS = ("nested", "own")
+SMALL_KINDS = ("own", "nested")
 BITS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (32, 64, 128)
 CHOICES = tuple("".join(routes) for count in (2, 3) for routes in permutations("-sB", count))  # of a router
@@ -42,14 +42,21 @@ FILE = click.Path(path_type=Path)
 )
 @click.option("--dry-run", is_flag=True, help="Print what would become what, and what does not fit; write nothing.")
 @click.option("--graft", is_flag=True, help="Make a Duo of a dense model: its FFNs are big, small ones are fitted.")
+@click.option(
+    "--slicing",
+    metavar="NAME|FILE",
+    help="Make a Duo of Gemma 3n: how much of it small is.  [default: E2B]",
+)
 @click.option("--calibrate", metavar="TEXT", multiple=True, type=FILE, help="UTF-8 text for --graft and measuring.")
 @click.option("--calibration-tokens", type=click.IntRange(min=1), default=20_000, show_default=True, help="Of a graft.")
 @click.option(
     "--measure-tokens", type=click.IntRange(min=0), default=1024, show_default=True, help="0: do not measure."
 )
-@click.option("--small-kind", type=click.Choice(SMALL_KINDS), help="[default: nested if that can be]")
 @click.option(
-    "--small-ratio", type=click.FloatRange(min=1, max=4096), help="big's width / small's.  [default: nested 2, own 16]"
+    "--small-kind", type=click.Choice(SMALL_KINDS), default="own", show_default=True, help="nested: big's best neurons."
+)
+@click.option(
+    "--small-ratio", type=click.FloatRange(min=1, max=4096), help="big's width / small's.  [default: own 16, nested 2]"
 )
 @click.option(
     "--small-layers", metavar="SPEC", callback=parse_layers, help="1-28 or 0,2,4-9; the others stay big only."
@@ -69,7 +76,8 @@ def command(context: click.Context, /, source: str, destination: Path, **options
 
     SRC is a directory with config.json, weights and tokenizer files, a weights file (.safetensors, .pt, .pth, .bin,
     .gguf), an index of shards, or a Hugging Face id (OWNER/NAME, OWNER/NAME:FILE). It holds a Duo model, or with
-    --graft a dense one that mlx-lm runs, in float or quantised by MLX. `duo-mlx convert inspect PATH` says what a
+    --graft a dense one that mlx-lm runs, in float or quantised by MLX. Gemma 3n needs no --graft: its small FFNs are
+    parts of its own. `duo-mlx convert inspect PATH` says what a
     checkpoint is. DST is what `duo-mlx generate --model` and mlx-lm load; with --to torch a .pt, .pth or .bin file, or
     a directory of safetensors.
 
@@ -85,6 +93,7 @@ def command(context: click.Context, /, source: str, destination: Path, **options
       duo-mlx convert weights.pt models/duo --config config.json --key-map llama
       duo-mlx convert model.gguf models/duo --graft --calibrate emma.txt
       duo-mlx convert models/duo models/duo-4bit --bits 4 --small-bits 8
+      duo-mlx convert google/gemma-3n-E4B-it models/gemma --slicing E2.98B-block --bits 4
       duo-mlx convert models/duo duo.pt --to torch
     """
     given = {name for name in options if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT}
@@ -115,7 +124,7 @@ def command(context: click.Context, /, source: str, destination: Path, **options
 
 
 # options that say how to read SRC
-READING = ("config", "revision", "key_map", "rope", "dtype", "default_route", "router_choices")
+READING = ("config", "revision", "key_map", "rope", "dtype", "default_route", "router_choices", "slicing")
 
 
 def _print_table(source: str, options: dict[str, Any]) -> None:

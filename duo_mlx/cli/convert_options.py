@@ -42,6 +42,8 @@ def check(options: Mapping[str, Any], given: Set[str]) -> None:
     for name, needed in NEEDS.items():
         if name in given and not any(options[other] for other in needed):
             raise click.UsageError(f"{_option(name)} goes with {' or '.join(map(_option, needed))}")
+    if options["graft"] and options["slicing"]:
+        raise click.UsageError("--slicing takes small FFNs from Gemma 3n's own, and --graft makes new ones; give one")
     if options["graft"] and not options["calibrate"] and not options["dry_run"]:
         raise click.UsageError("--graft needs a text that the small FFNs are fitted to: --calibrate TEXT")
     if 0 < options["measure_tokens"] < LEAST:

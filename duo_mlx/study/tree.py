@@ -37,13 +37,14 @@ class Work:
 
 
 def layer_options(model: Model, choices: Sequence[Route]) -> list[tuple[Route, ...]]:
-    """The routes of each layer among ``choices``; a layer without a small FFN has no small beside big."""
+    """The routes of each layer among ``choices``; a layer has no small beside what small means there."""
     ordered = sorted(set(choices))
-    both = {Route.SMALL, Route.BIG} <= set(ordered)
-    return [
-        tuple(route for route in ordered if not (both and route is Route.SMALL and not model.config.has_small(layer)))
-        for layer in range(model.config.num_hidden_layers)
-    ]
+
+    def options(small: Route) -> tuple[Route, ...]:
+        again = small is not Route.SMALL and small in ordered
+        return tuple(route for route in ordered if not (again and route is Route.SMALL))
+
+    return [options(model.config.small_means(layer)) for layer in range(model.config.num_hidden_layers)]
 
 
 class Walk(ABC):

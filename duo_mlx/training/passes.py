@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duo_mlx import conditional, hosting
+from duo_mlx.errors import DuoError
 from duo_mlx.ffn import DuoFFN
 from duo_mlx.forward import OnBlock
 from duo_mlx.model import Model
@@ -91,7 +92,12 @@ class Passes:
 
         Returns:
             The logits in float32, and what ``weigh`` found beside the weights, ``[layers, sequences]``.
+
+        Raises:
+            DuoError: small means skip in some layers.
         """
+        if model.config.small_skips:
+            raise DuoError("a mixture of routes is not known for a model with small_skips; train router by gains")
         choices, found = tuple(choices), dict[int, mx.array]()
         skip = choices.index(Route.SKIP) if Route.SKIP in choices else None
         whole = model.parts is not None
@@ -100,7 +106,7 @@ class Passes:
         def layer(index: int, run: Callable[[mx.array], mx.array], h: mx.array) -> mx.array:
             def weighed(h: mx.array) -> tuple[mx.array, mx.array]:
                 if model.parts is not None:
-                    weights[index], found[index] = weigh(model.ffns[index], model.parts[index].norm(h))
+                    weights[index], found[index] = weigh(model.ffns[index], model.parts[index].seen(h))
                 return run(h), found[index]
 
             h, found[index] = self._recomputed(model, index, weighed)(h)

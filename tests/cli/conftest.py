@@ -90,7 +90,7 @@ def graft(monkeypatch):
 
     @dataclass(frozen=True)
     class Graft:
-        kind: str | None = None
+        kind: str = "own"
         small_ratio: float | None = None
         small_layers: tuple[int, ...] | None = None
         tokens: int = 20000

@@ -112,7 +112,7 @@ def test_big_stays_and_small_is_near_it_on_any_base(kind, ids, tmp_path):  # noq
     before = model(tokens)
     errors = {}
     for ratio in (2, 4):
-        made = graft(model, ids, Graft(small_ratio=ratio, tokens=LEAST), tmp_path / str(ratio))
+        made = graft(model, ids, Graft("nested", small_ratio=ratio, tokens=LEAST), tmp_path / str(ratio))
         assert made.config["small_kind"] == "nested"
         widths = made.config["small_intermediate_size"]
         widths = [widths] * 3 if isinstance(widths, int) else widths
@@ -126,7 +126,7 @@ def test_big_stays_and_small_is_near_it_on_any_base(kind, ids, tmp_path):  # noq
 
 def test_the_best_neurons_and_their_regression_beat_the_first_ones_as_they_are(ids, tmp_path):  # noqa: F811
     model = dense()
-    made = graft(model, ids, Graft(small_ratio=2, tokens=LEAST), tmp_path / "state")
+    made = graft(model, ids, Graft("nested", small_ratio=2, tokens=LEAST), tmp_path / "state")
     duo = written(model, made)
     error = np.mean(distances(duo, ids, 16))
     for ffn in duo.ffns:
@@ -148,7 +148,7 @@ def test_the_best_neurons_and_their_regression_beat_the_first_ones_as_they_are(i
 
 @pytest.mark.parametrize("after", [1, 7, 9, 11])
 def test_an_interrupted_graft_goes_on(ids, tmp_path, after):  # noqa: F811
-    model, settings = dense(), Graft(small_ratio=2, tokens=LEAST)
+    model, settings = dense(), Graft("nested", small_ratio=2, tokens=LEAST)
     whole = graft(model, ids, settings, tmp_path / "whole")
 
     def stop(done, total):
@@ -167,18 +167,16 @@ def test_an_interrupted_graft_goes_on(ids, tmp_path, after):  # noqa: F811
 
 
 def test_layers_that_stay_big_have_no_width(ids, tmp_path):  # noqa: F811
-    made = graft(dense(), ids, Graft(small_ratio=2, tokens=LEAST, small_layers=(2, 0)), tmp_path / "state")
+    made = graft(dense(), ids, Graft("nested", small_ratio=2, tokens=LEAST, small_layers=(2, 0)), tmp_path / "state")
     assert made.config["small_intermediate_size"][1] == 0 and 1 not in made.orders
     assert {name.split(".")[2] for name in made.tensors} <= {"0", "2"}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "phi3"])
-def test_what_cannot_be_sorted_gets_small_ffns_of_its_own(kind, ids, tmp_path):  # noqa: F811
+def test_what_cannot_be_sorted_is_refused_by_name(kind, ids, tmp_path):  # noqa: F811
     model = dense(kind, **({"hidden_size": 64, "intermediate_size": 64} if kind == "llama" else {}))
     if kind == "llama":
         nn.quantize(model, 32, 8, class_predicate=lambda path, _: ".big." in path)
-    made = graft(model, ids, Graft(small_ratio=4, tokens=LEAST), tmp_path / "state")
-    assert "small_kind" not in made.config and not made.orders
     said = "is quantised, so its neurons cannot be sorted" if kind == "llama" else "is not known as a gated FFN"
     with pytest.raises(DuoError, match=f"--small-kind nested: layer 0.*{said}.*use --small-kind own"):
         graft(model, ids, Graft("nested", tokens=LEAST), tmp_path / "other")
