@@ -48,7 +48,7 @@ class Layers:
         """The first layer's inputs for token ids ``[windows, tokens]``."""
         with self.outside_in_float32():
             parts = [OpenLayers(self.model, mx.array(windows[rows])).root for rows in batches(len(windows))]
-            return np.concatenate([np.array(part) for part in parts])
+            return np.concatenate([np.array(part.astype(mx.float32)) for part in parts])
 
     def in_float32(self, index: int) -> AbstractContextManager[None]:
         """Let a layer have its weights in float32 for the duration of a ``with`` block."""
