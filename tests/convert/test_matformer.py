@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.utils import quantize_model
@@ -244,3 +245,14 @@ def test_small_drafts_for_big(like_e2b, write_tokenizer, tmp_path):
         return [each.token for each in found]
 
     assert said(speculate="small", draft_tokens=3) == said()
+
+
+@pytest.mark.parametrize("route", ["small", "s-Bs-sssBs"])
+def test_stock_mlx_lm_runs_it_alone_and_in_batches(like_e2b, tmp_path, route):
+    convert(like_e2b.source, tmp_path / "duo", slicing=str(like_e2b.slicing), default_route=route)
+    model, tokenizer = mlx_lm.load(str(tmp_path / "duo"), trust_remote_code=True)
+    prompts = [[3, 4, 5], [6, 7, 8, 9, 10, 11, 12]]
+    batch = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=8, return_token_ids=True)
+    for prompt, ours in zip(prompts, batch.token_ids, strict=True):
+        alone = [each.token for each in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=8)]
+        assert [token for token in alone if token != 1] == ours
