@@ -105,7 +105,7 @@ def open_source(
     name = Path(source)
 
     def judge(said: dict[str, Any]) -> None:
-        _judge(said, name, graft, dtype, default_route, router_choices)
+        _judge(said, name, graft, dtype, default_route, router_choices, slicing)
 
     checkpoint = readers.open_checkpoint(source, config=config, revision=revision, judge=judge)
     _refuse_quantised(checkpoint.config, name, dtype)
@@ -120,13 +120,14 @@ def _judge(
     dtype: str | None,
     default_route: str | None,
     router_choices: str | None,
+    slicing: str | None,
 ) -> None:
     """Refuse what a config.json alone shows to be no source, before weights are downloaded."""
     _refuse_quantised(config, name, dtype)
     if packing.is_translated(config):  # only the weights show whether mlx-lm takes them
         config = {key: value for key, value in config.items() if key != "quantization_config"}
     made = settings.settings(config, name)
-    _check_kind(config, {}, name, graft)
+    _check_kind(config, {}, name, graft, _is_cut(made, config, graft, slicing))
     if default_route is not None:
         made["default_route"] = default_route
     if router_choices is not None:
@@ -150,8 +151,7 @@ def _open(
     if rope is not None and checkpoint.format == "GGUF":
         raise DuoError(f"--rope {rope}: a GGUF file says by its architecture how its rows lie; leave the option out")
     mapped = _mapped(checkpoint, made, key_map, rope, name)
-    cut = not graft and (slicing is not None or made["base_model_type"] == matformer.KIND)
-    cut = cut and (slicing is not None or not settings.is_duo(checkpoint.config))
+    cut = _is_cut(made, checkpoint.config, graft, slicing)
     _check_kind(checkpoint.config, mapped, name, graft, cut)
     mapped = plan.kept(mapped, tied=False)
     routers = mapped if settings.is_duo(checkpoint.config) else {}
@@ -171,6 +171,13 @@ def _open(
             }
         dense.pack(model, made["quantization"], tensors)
     return Source(name, checkpoint, made, tensors, plan.shapes_of(model), graft or cut)
+
+
+def _is_cut(made: Mapping[str, Any], config: Mapping[str, Any], graft: bool, slicing: str | None) -> bool:
+    """Whether a dense model becomes a Duo by a slicing."""
+    if graft:
+        return False
+    return slicing is not None or (made["base_model_type"] == matformer.KIND and not settings.is_duo(config))
 
 
 def _empty(config: Mapping[str, Any], source: Path) -> Model:
