@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 
 from duo_mlx.bench import graft as bench
 from duo_mlx.convert.dense import host
+from duo_mlx.convert.graft import Grafted
 from duo_mlx.convert.graft.solve import Copyable, Moments
 from duo_mlx.convert.tensors import Tensor
 from duo_mlx.errors import DuoError
@@ -58,7 +59,7 @@ def test_losses_are_those_of_the_whole_model(dense):
             smalls[f"{prefix}.weight"] = Tensor.of(mx.array(random.standard_normal(shape).astype(np.float32)))
             smalls[f"{prefix}.bias"] = Tensor.of(mx.array(random.standard_normal(shape[0]).astype(np.float32)))
     extra = {"small_intermediate_size": width, "small_bias": True}
-    found = bench.losses(model, smalls, extra, windows)
+    found = bench.losses(model, Grafted(smalls, extra, {}), windows)
     assert found.keys() == bench.patterns(4).keys()
 
     def expected(pattern):

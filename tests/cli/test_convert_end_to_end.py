@@ -88,10 +88,10 @@ def test_an_interrupted_command_leaves_nothing_and_goes_on(source, grafted, tmp_
     command += ["--calibrate", str(directory / "text.txt")]
     real, done_layers = grafting._Layer.graft, []
 
-    def interrupted(layer, has_small):
+    def interrupted(layer):
         if len(done_layers) == 2:
             raise KeyboardInterrupt
-        real(layer, has_small)
+        real(layer)
         done_layers.append(layer.index)
 
     monkeypatch.setattr(grafting._Layer, "graft", interrupted)
@@ -99,8 +99,8 @@ def test_an_interrupted_command_leaves_nothing_and_goes_on(source, grafted, tmp_
     assert stopped.exit_code == 130 and "same command" in stopped.stderr
     assert [path.name for path in tmp_path.iterdir()] == [".model.graft"]
 
-    def counted(layer, has_small):
-        real(layer, has_small)
+    def counted(layer):
+        real(layer)
         done_layers.append(layer.index)
 
     monkeypatch.setattr(grafting._Layer, "graft", counted)

@@ -117,8 +117,9 @@ def test_what_a_graft_gives_must_be_a_duo(dense, graft, text, tmp_path, monkeypa
     whole = graft.graft
 
     def part(*arguments):
-        smalls, extra = whole(*arguments)
-        return smalls, extra | {"small_bias": False}
+        made = whole(*arguments)
+        made.config["small_bias"] = False
+        return made
 
     monkeypatch.setattr(graft, "graft", part)
     done = invoke(dense(), tmp_path / "model", "--graft", "--calibrate", text, "--small-ratio", 6)

@@ -22,7 +22,8 @@ from tests.convert.gguf_kinds import CASES, Kind, made, write
 class Graft:
     """Stands in for the solving of small FFNs, which has tests of its own: theirs are random."""
 
-    small_ratio: int = 16
+    kind: str = "own"
+    small_ratio: float | None = None
     small_layers: tuple[int, ...] | None = None
     tokens: int = 20000
     seed: int = 0

@@ -243,7 +243,9 @@ def test_a_router_that_was_never_trained_is_verified(saved, tmp_path):
 
 def test_a_wrong_router_is_not_written(made, tmp_path, monkeypatch):
     exact = parity.measure
-    monkeypatch.setattr(parity, "measure", lambda where, config, weights: exact(where, config, swapped(weights)))
+    monkeypatch.setattr(
+        parity, "measure", lambda where, config, weights, **more: exact(where, config, swapped(weights), **more)
+    )
     with pytest.raises(DisagreementError, match="beyond the tolerance"):
         convert(made()[0], tmp_path / "model", verify=True)
     assert not (tmp_path / "model").exists()
