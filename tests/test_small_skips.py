@@ -9,6 +9,7 @@ from duo_mlx.config import Config
 from duo_mlx.convert import references
 from duo_mlx.convert.tensors import Tensor
 from duo_mlx.errors import DuoError
+from duo_mlx.flops import flops
 from duo_mlx.open_layers import OpenLayers
 from duo_mlx.router import Follow
 from duo_mlx.routes import Route
@@ -80,13 +81,7 @@ def test_an_open_layer_gives_the_input_for_small(model):
 
 
 def test_costs_are_those_of_skip(model):
-    config = model.config
-    for table in (
-        cost.layer_parameters(config),
-        cost.flops(config, 9),
-        cost.weight_bytes(model),
-        cost.cache_bytes(model, 9),
-    ):
+    for table in (flops(model)(9), cost.weight_bytes(model), cost.cache_bytes(model, 9)):
         np.testing.assert_array_equal(table.by_route[SKIPS, Route.SMALL], table.by_route[SKIPS, Route.SKIP])
         assert (table.by_route[[0, 3], Route.SMALL] >= table.by_route[[0, 3], Route.SKIP]).all()
 
