@@ -18,6 +18,7 @@ from duo_mlx.convert.sanitised import sanitised
 from duo_mlx.convert.tensors import DTYPES, Checkpoint, Tensor, Tensors
 from duo_mlx.errors import DuoError
 from duo_mlx.model import Model
+from duo_mlx.transformers_config import flattened
 
 OWN = re.compile(r"(.+?)\.(big|small|router)\.(.+)")  # a module of a Duo's layer, in an FFN
 EXPERTS = re.compile(r".+\.experts\.(gate_up|down)_proj")  # of gpt-oss in float, as transformers saves them
@@ -123,6 +124,7 @@ def _judge(
     slicing: str | None,
 ) -> None:
     """Refuse what a config.json alone shows to be no source, before weights are downloaded."""
+    config = flattened(config)
     _refuse_quantised(config, name, dtype)
     if packing.is_translated(config):  # only the weights show whether mlx-lm takes them
         config = {key: value for key, value in config.items() if key != "quantization_config"}
